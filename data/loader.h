@@ -1,0 +1,90 @@
+// From shards to batches: a deterministic, O(1)-resumable order read ahead by a thread.
+//
+// Sample g (0, 1, 2, ...) of the run is a source, chosen by the deficit rule from the weights, and
+// the next window of that source's permutation for its epoch. Step s takes samples
+// [s·global_batch, (s+1)·global_batch); rank r of W takes those with index = r mod W. The state is
+// (seed, samples consumed per source), the same on every world size.
+#ifndef DATA_LOADER_H
+#define DATA_LOADER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "base/batch.h"
+#include "base/hash.h"
+#include "base/memory_plan.h"
+#include "base/status.h"
+
+enum { LOADER_MAX_SOURCES = 32 };
+
+typedef struct LoaderSource {
+    const char *directory; // holds shards.json
+    double weight;         // relative; > 0
+} LoaderSource;
+
+typedef struct LoaderConfig {
+    LoaderSource sources[LOADER_MAX_SOURCES];
+    int num_sources;
+    int64_t sequence_length;
+    int64_t micro_batch;  // sequences per micro-batch on this rank
+    int64_t global_batch; // sequences per step over all ranks
+    int rank, world;
+    uint64_t seed;
+    bool mask_documents;
+    bool skip_bad_shards;  // a shard that fails verification is left out (counted), else an error
+    int prefetch_steps;    // how many steps are read ahead (>= 1)
+    int vocab_size;        // ids at or above are refused
+    const char *tokenizer_id; // expected tokenizer_sha256, or "" to accept any
+} LoaderConfig;
+
+typedef struct LoaderState {
+    uint64_t seed;
+    int num_sources;
+    uint64_t consumed[LOADER_MAX_SOURCES]; // samples taken from each source so far
+} LoaderState;
+
+typedef struct StepBatch {
+    int num_micro;
+    const MicroBatch *micro;
+    int64_t valid_targets; // over this rank's micro-batches
+    double wait_seconds;   // how long loader_next waited for the thread
+    LoaderState after;     // the state once this step is done: what a checkpoint stores
+    uint64_t first_sample; // global index of the step's first sample, for messages
+} StepBatch;
+
+typedef struct Loader Loader;
+
+Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) NODISCARD;
+// resume NULL = from the beginning. Verifies shards (cached), reads structure, starts the thread.
+Status loader_open(const LoaderConfig *config, const LoaderState *resume, Loader **out) NODISCARD;
+// The next step; valid until the next call. Epochs follow one another for ever.
+Status loader_next(Loader *loader, const StepBatch **out) NODISCARD;
+void loader_close(Loader *loader);
+
+uint64_t loader_tokens(const Loader *loader, int source);  // tokens of a source
+uint64_t loader_samples(const Loader *loader, int source); // windows per epoch
+// Hash over the manifests' semantic parts (file hashes, counts, ids): a checkpoint stores it.
+void loader_fingerprint(const Loader *loader, char hex[HASH_HEX_SIZE]);
+// What the shards say about themselves; all sources must agree.
+int loader_vocab_size(const Loader *loader);
+
+// A fixed pass for evaluation and calibration: windows in file order (non-overlapping,
+// sequence_length targets each), or `sequences` of them spread evenly over the data when > 0.
+typedef struct FixedPass FixedPass;
+Status fixed_pass_open(const LoaderConfig *config, int64_t sequences, FixedPass **out) NODISCARD;
+// *more = false: the pass is over and *batch untouched. The last micro-batch is filled up with
+// rows whose targets are all -1. Valid until the next call.
+Status fixed_pass_next(FixedPass *pass, MicroBatch *batch, bool *more) NODISCARD;
+void fixed_pass_rewind(FixedPass *pass);
+void fixed_pass_close(FixedPass *pass);
+
+// What a directory of shards says about itself, without reading tokens.
+typedef struct DatasetSummary {
+    uint64_t tokens, documents;
+    int vocab_size, num_shards;
+    int64_t eos_id;
+    char tokenizer_id[65];
+} DatasetSummary;
+Status dataset_summary(const char *directory, DatasetSummary *out) NODISCARD;
+
+#endif

@@ -1,0 +1,34 @@
+// Hugging Face model directories, in and out.
+#ifndef MODEL_HF_H
+#define MODEL_HF_H
+
+#include "base/status.h"
+#include "model/source.h"
+
+// Opens config.json and model.safetensors, or model.safetensors.index.json and its files. Every
+// tensor the config needs must be there with the right shape; tensors the engine does not need
+// are named in one log line. A missing directory or file is STATUS_MISSING_INPUT.
+Status hf_open(const char *directory, TensorSource **out) NODISCARD;
+
+typedef struct HfWriteOptions {
+    DType dtype;
+    uint64_t max_shard_bytes;     // 0 = one file
+    const char *copy_from;        // directory whose tokenizer and generation files are copied, or
+                                  // NULL
+    void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes); // or NULL
+    void *context;
+} HfWriteOptions;
+
+// Writes config.json, generation_config.json and the weights (names and layout of qwen2, llama,
+// qwen3, qwen2_moe, qwen3_moe as the config says; gate_scale folded into down_proj) streaming from
+// `source` with bounded memory. The directory appears whole or not at all: written as
+// "<directory>.tmp-<pid>" and renamed; an existing directory is replaced only then.
+Status hf_write(const char *directory, TensorSource *source,
+                const HfWriteOptions *options) NODISCARD;
+
+// SHA-256 hex (64 digits + NUL) that identifies the tokenizer of a directory, computed as
+// scripts/prepare_data.py does (docs/formats.md); "" when the directory has no tokenizer files.
+enum { TOKENIZER_ID_SIZE = 65 };
+Status hf_tokenizer_id(const char *directory, char out[TOKENIZER_ID_SIZE]) NODISCARD;
+
+#endif

@@ -1,0 +1,110 @@
+// A model on a backend: weights, gradients, activations, forward and backward, written once for
+// every family and layer kind by walking the config's layer list.
+//
+// Memory is planned before it is taken (model_plan) and taken once (model_create); nothing is
+// allocated afterwards. Parameter gradients accumulate over micro-batches until model_zero_gradients.
+#ifndef MODEL_MODEL_H
+#define MODEL_MODEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "base/batch.h"
+#include "base/memory_plan.h"
+#include "base/status.h"
+#include "model/backend.h"
+#include "model/config.h"
+#include "model/source.h"
+#include "model/tensor_table.h"
+
+// What backward computes again instead of keeping, per class of activation.
+typedef struct Recompute {
+    bool swiglu; // the product silu(gate)*up of dense layers, (T, I)
+    bool norms;  // RMSNorm outputs, 2 x (T, H) a layer
+    bool layer;  // everything inside a layer but its input; implies the others
+} Recompute;
+
+typedef struct ModelOptions {
+    int64_t micro_batch;     // B, sequences per micro-batch
+    int64_t sequence_length; // S
+    bool training;           // gradients and saved activations are needed
+    Recompute recompute;
+    int64_t loss_chunk_tokens; // rows of logits at once; 0 = the backend's choice
+} ModelOptions;
+
+// Weights of the training objective for one micro-batch (METHOD.md §5).
+typedef struct LossWeights {
+    double target_count; // valid targets of the whole step: CE is a mean over them
+    double token_count;  // tokens of the whole step, over all ranks: router means are over them
+    double balance;      // α
+    double z;            // ζ
+    bool balance_micro;  // f_i from this micro-batch; else the load set by model_set_load
+} LossWeights;
+
+// Sums since model_reset_sums, on the host. Arrays are (num_layers, MODEL_MAX... see stride):
+// element (l, e) is at l * stride + e; dense layers hold zeros.
+typedef struct ModelSums {
+    double loss_sum, loss_count; // Σ -log p, and over how many targets
+    double tokens;               // tokens seen by the routers
+    int stride;                  // largest expert count of any layer, at least 1
+    double *assignments;         // (num_layers, stride)
+    double *probability;         // (num_layers, stride)
+    double *entropy;             // (num_layers)
+    double *z;                   // (num_layers)
+} ModelSums;
+
+typedef enum ObservePoint { OBSERVE_MLP_INPUT, OBSERVE_LAYER_OUTPUT } ObservePoint;
+// Called during model_forward with the residual stream (T, H) after attention (h_l) and after the
+// layer (y_l); `x` is device memory that is valid during the call only.
+typedef Status (*ModelObserver)(void *context, int layer, ObservePoint point, const void *x,
+                                int64_t tokens);
+
+typedef struct Model {
+    Backend *backend;
+    ModelConfig config;
+    TensorTable table;
+    ModelOptions options;
+    void *params;  // working copy (tensor_table_copy_bytes)
+    float *master; // fp32 arena AdamW updates; the same memory as params on an fp32 backend
+    void *grads;   // arena of grad_dtype; NULL when not training
+    struct Activations *activations; // model/activations.h
+} Model;
+
+// Adds the model's items ("parameters", "gradients", "activations", "workspace", ...) to `plan`
+// without allocating anything.
+Status model_plan(Backend *backend, const ModelConfig *config, const ModelOptions *options,
+                  MemoryPlan *plan) NODISCARD;
+Status model_create(Backend *backend, const ModelConfig *config, const ModelOptions *options,
+                    Model **out) NODISCARD;
+void model_destroy(Model *model);
+
+Status model_load(Model *model, TensorSource *source) NODISCARD; // configs must agree in shape
+// Normal(0, stddev) for matrices, router included; 1 for norms; 0 for biases. A pure function of
+// seed and tensor name.
+Status model_init_random(Model *model, uint64_t seed, float stddev) NODISCARD;
+// The model's weights as a source (master precision). Valid while the model lives.
+Status model_source(Model *model, TensorSource **out) NODISCARD;
+
+Status model_zero_gradients(Model *model) NODISCARD;
+// Forward only; adds to the sums.
+Status model_forward(Model *model, const MicroBatch *batch) NODISCARD;
+// Forward and backward of loss = CE + α·LB + ζ·Z; adds to the sums and the gradients.
+Status model_forward_backward(Model *model, const MicroBatch *batch,
+                              const LossWeights *weights) NODISCARD;
+// Logits (tokens, V) in fp32 on the host for one sequence; tokens <= B*S.
+Status model_logits(Model *model, const int32_t *ids, int64_t tokens, float *logits) NODISCARD;
+
+// f_i (share of assignments) per layer and expert for balance = global, and the selection bias
+// b_i of aux-loss-free balancing; host arrays of (num_layers, stride). Bias NULL = off.
+int model_sums_stride(const Model *model);
+Status model_set_load(Model *model, const float *load) NODISCARD;
+Status model_set_selection_bias(Model *model, const float *bias) NODISCARD;
+
+Status model_reset_sums(Model *model) NODISCARD;
+Status model_sums_create(const Model *model, ModelSums *out) NODISCARD;
+void model_sums_free(ModelSums *sums);
+Status model_read_sums(Model *model, ModelSums *out) NODISCARD; // waits for the device
+
+void model_set_observer(Model *model, ModelObserver observer, void *context);
+
+#endif

@@ -1,0 +1,77 @@
+// The single list of named tensors. Parameters, gradients, optimizer state, checkpoints, import and
+// export all walk this table, and nobody else computes an offset.
+//
+// Order and packing. Tensors that one op reads as one matrix are neighbours without a gap, so that
+// q|k|v weights, q|k|v biases and gate|up weights need no copy under their Hugging Face names:
+//   embed, then per layer: input norm, qkv weights, qkv biases, q/k norms, o, post-attention norm,
+//   dense: gate, up, down   MoE: (gate, up) of expert 0, (gate, up) of expert 1, ..., all downs;
+//   final norm, lm_head (untied only), and at the very end the routers, which stay fp32 on every
+//   backend. Each packed group starts at a multiple of TENSOR_ALIGN elements.
+// The arenas (parameters, gradients, m, v) share these element offsets; gaps hold zeros for ever.
+#ifndef MODEL_TENSOR_TABLE_H
+#define MODEL_TENSOR_TABLE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "base/status.h"
+#include "model/config.h"
+
+enum { TENSOR_ALIGN = 128, TENSOR_NAME_MAX = 96 };
+
+typedef enum TensorRole {
+    ROLE_EMBED,
+    ROLE_NORM, // any RMSNorm weight
+    ROLE_QKV_WEIGHT,
+    ROLE_QKV_BIAS,
+    ROLE_O_WEIGHT,
+    ROLE_GATE,
+    ROLE_UP,
+    ROLE_DOWN,
+    ROLE_ROUTER,
+    ROLE_LM_HEAD,
+} TensorRole;
+
+typedef struct Tensor {
+    char name[TENSOR_NAME_MAX]; // Hugging Face name
+    TensorRole role;
+    int layer;  // -1 outside layers
+    int expert; // -1 outside experts
+    int ndim;
+    int64_t shape[2];
+    int64_t count;  // elements
+    int64_t offset; // elements into the arenas
+} Tensor;
+
+// Element offsets of what the ops of one layer read; -1 where the layer has no such tensor.
+typedef struct LayerOffsets {
+    int64_t input_norm, qkv_weight, qkv_bias, q_norm, k_norm, o_weight, post_norm;
+    int64_t gate_up, down; // dense, or expert 0 of the packed (N, 2I, H) and (N, H, I)
+    int64_t router;        // (N, H) fp32
+} LayerOffsets;
+
+typedef struct TensorTable {
+    Tensor *tensors;
+    int count;
+    LayerOffsets *layers; // (num_layers)
+    int num_layers;
+    int64_t embed, final_norm, lm_head; // lm_head == embed when tied
+    int64_t total;        // elements of an arena, gaps included
+    int64_t router_begin; // first element of the fp32 tail; multiple of TENSOR_ALIGN
+    int64_t parameters;   // without gaps
+    int64_t active_parameters; // per token: experts counted top_k times; embedding counted once
+} TensorTable;
+
+Status tensor_table_build(const ModelConfig *config, TensorTable *out) NODISCARD;
+void tensor_table_free(TensorTable *table);
+const Tensor *tensor_table_find(const TensorTable *table, const char *name); // NULL if absent
+
+// Byte offset of element `offset` in the working-copy arena, whose body has `compute` dtype and
+// whose router tail is fp32; pass table->total for the arena's size.
+size_t tensor_table_copy_bytes(const TensorTable *table, DType compute, int64_t offset);
+
+// True for the tensors that weight decay applies to: matrices, but not norms, biases, routers, and
+// embeddings only when decay_embeddings.
+bool tensor_decays(const Tensor *tensor, bool decay_embeddings);
+
+#endif

@@ -1,0 +1,37 @@
+// What a run says: one console line per interval, log.jsonl, TensorBoard events.
+#ifndef TRAIN_REPORT_H
+#define TRAIN_REPORT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "base/status.h"
+#include "model/model.h"
+
+typedef struct Report Report;
+
+typedef struct StepReport {
+    int64_t step, total_steps;
+    int64_t tokens; // since the start of the run
+    double loss, cross_entropy, balance, z; // means over the interval; balance is Σ layers, 1 each
+    double learning_rate, gradient_norm;
+    double tokens_per_second;
+    double data_wait; // share of the interval spent waiting for data
+    double eta_seconds;
+    int64_t skipped;  // in the whole run
+    const ModelSums *sums; // of the interval, for expert load; NULL to leave out
+} StepReport;
+
+// Appends to <run>/log.jsonl (records after `resume_step` of an earlier attempt are dropped first,
+// so that no step stands there twice) and opens a new TensorBoard file.
+Status report_open(const char *run_path, int64_t resume_step, bool tensorboard,
+                   Report **out) NODISCARD;
+// A failing log disk is warned about once; training goes on.
+void report_step(Report *report, const StepReport *step);
+void report_eval(Report *report, int64_t step, const char *name, double loss, double targets);
+void report_event(Report *report, int64_t step, const char *kind, const char *text);
+// The transient progress bar between lines (terminals only).
+void report_progress(Report *report, int64_t step, int64_t total_steps, double loss,
+                     double tokens_per_second, double eta_seconds);
+void report_close(Report *report);
+
+#endif
