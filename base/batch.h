@@ -5,11 +5,11 @@
 #include <stdint.h>
 
 typedef struct MicroBatch {
-    int64_t batch, sequence_length;  // B, S
-    const int32_t *tokens;           // (B, S)
-    const int32_t *targets;          // (B, S) the next token; -1 = no loss here
-    const int32_t *document_start;   // (B, S) first position of the token's document within its
-                                     // row, or NULL when documents may see each other
+    int64_t batch, sequence_length; // B, S
+    const int32_t *tokens;          // (B, S)
+    const int32_t *targets;         // (B, S) the next token; -1 = no loss here
+    const int32_t *document_start;  // (B, S) first position of the token's document within its
+                                    // row, or NULL when documents may see each other
 } MicroBatch;
 
 #endif

@@ -34,7 +34,7 @@ Status io_pwrite(int fd, const char *path, const void *data, size_t bytes,
 Status io_fsync(int fd, const char *path) NODISCARD; // a failed fsync is never retried
 Status io_fsync_directory(const char *path) NODISCARD;
 Status io_rename(const char *from, const char *to) NODISCARD;
-Status io_unlink(const char *path) NODISCARD;          // a missing file is no error
+Status io_unlink(const char *path) NODISCARD;           // a missing file is no error
 Status io_make_directories(const char *path) NODISCARD; // mkdir -p
 Status io_remove_tree(const char *path) NODISCARD;      // rm -rf; does not follow links
 Status io_file_size(const char *path, uint64_t *bytes) NODISCARD;

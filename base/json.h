@@ -26,7 +26,7 @@ Status json_get_text(const json_t *object, const char *name, const char *key, ch
 Status json_get_object(const json_t *object, const char *name, const char *key,
                        json_t **out) NODISCARD; // borrowed
 Status json_get_array(const json_t *object, const char *name, const char *key,
-                      json_t **out) NODISCARD; // borrowed
+                      json_t **out) NODISCARD;        // borrowed
 bool json_has(const json_t *object, const char *key); // present and not null
 
 #endif

@@ -31,7 +31,8 @@ enum { STATUS_TEXT_MAX = 4096 };
 typedef struct StatusRecord {
     Status code;
     char message[STATUS_TEXT_MAX];
-    char trace[STATUS_TEXT_MAX]; // one "  at file:line: what" per frame; later frames dropped if full
+    char trace[STATUS_TEXT_MAX]; // one "  at file:line: what" per frame; later frames dropped if
+                                 // full
 } StatusRecord;
 
 // Starts a new record for this thread (message from the format) and returns `code`.

@@ -31,9 +31,9 @@ typedef struct LoaderConfig {
     int rank, world;
     uint64_t seed;
     bool mask_documents;
-    bool skip_bad_shards;  // a shard that fails verification is left out (counted), else an error
-    int prefetch_steps;    // how many steps are read ahead (>= 1)
-    int vocab_size;        // ids at or above are refused
+    bool skip_bad_shards; // a shard that fails verification is left out (counted), else an error
+    int prefetch_steps;   // how many steps are read ahead (>= 1)
+    int vocab_size;       // ids at or above are refused
     const char *tokenizer_id; // expected tokenizer_sha256, or "" to accept any
 } LoaderConfig;
 

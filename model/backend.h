@@ -9,7 +9,8 @@
 //  - T tokens, H hidden size, I intermediate size, V vocabulary, N experts, k experts per token,
 //    B sequences of S tokens (T = B*S). All matrices are row-major and packed.
 //  - `void *` operands have the backend's compute_dtype, except weight gradients (names starting
-//    with `grad_`), which have its grad_dtype. `float *`, `int32_t *` and `double *` are as written.
+//    with `grad_`), which have its grad_dtype. `float *`, `int32_t *` and `double *` are as
+//    written.
 //  - Weight gradients ACCUMULATE (+=); activation gradients (names starting with `d`) are ASSIGNED
 //    unless a comment says otherwise.
 //  - Forward and backward of an op take the same argument struct. Forward ignores the gradient
@@ -38,11 +39,11 @@ typedef struct Backend Backend;
 typedef struct EmbedArgs {
     int64_t tokens;
     int hidden_size, vocab_size;
-    const int32_t *ids;  // (T)
-    const void *weight;  // (V, H)
-    void *out;           // (T, H)
-    const void *dout;    // (T, H)
-    void *grad_weight;   // (V, H)
+    const int32_t *ids; // (T)
+    const void *weight; // (V, H)
+    void *out;          // (T, H)
+    const void *dout;   // (T, H)
+    void *grad_weight;  // (V, H)
 } EmbedArgs;
 
 // x_out = x + y (y may be NULL, x_out may alias x); out = x_out / rms(x_out) * weight,
@@ -165,18 +166,18 @@ typedef struct RouteArgs {
     Routing routing;
     const float *dgate; // (T, k)
     float balance_scale, z_scale;
-    const float *load; // (N) or NULL when balance_scale is 0
-    void *dx;          // (T, H) in and out
+    const float *load;  // (N) or NULL when balance_scale is 0
+    void *dx;           // (T, H) in and out
     float *grad_weight; // (N, H), fp32 on every backend
 } RouteArgs;
 
 // Sums over the tokens of one layer, accumulated across micro-batches for the loss report and the
 // global balance statistics. All double, so that counts stay exact.
 typedef struct RouterSums {
-    double *assignments;   // (N) += rows of each expert
-    double *probability;   // (N) += Σ_t p[t,i]
-    double *entropy;       // (1) += Σ_t -Σ_i p ln p
-    double *z;             // (1) += Σ_t lse²
+    double *assignments; // (N) += rows of each expert
+    double *probability; // (N) += Σ_t p[t,i]
+    double *entropy;     // (1) += Σ_t -Σ_i p ln p
+    double *z;           // (1) += Σ_t lse²
 } RouterSums;
 
 typedef struct RouterLossArgs {
@@ -212,7 +213,7 @@ typedef struct MoeFfnArgs {
 typedef struct LinearCrossEntropyArgs {
     int64_t tokens;
     int hidden_size, vocab_size;
-    int64_t chunk_tokens; // rows of logits that exist at once; <= 0: backend's choice
+    int64_t chunk_tokens;   // rows of logits that exist at once; <= 0: backend's choice
     const void *x;          // (T, H)
     const void *weight;     // (V, H)
     const int32_t *targets; // (T), -1 = ignored
@@ -230,10 +231,10 @@ typedef struct LinearCrossEntropyArgs {
 // and, when copy is not NULL, copy = cast(p).
 typedef struct AdamwArgs {
     int64_t count;
-    float *master;      // (count)
-    const void *grad;   // (count) grad_dtype
-    float *m, *v;       // (count)
-    void *copy;         // (count) of copy_dtype, or NULL
+    float *master;    // (count)
+    const void *grad; // (count) grad_dtype
+    float *m, *v;     // (count)
+    void *copy;       // (count) of copy_dtype, or NULL
     DType copy_dtype;
     double learning_rate, beta1, beta2, epsilon, weight_decay, grad_scale;
     int64_t step; // 1 for the first update

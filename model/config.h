@@ -21,8 +21,8 @@ typedef struct LayerConfig {
 
 typedef struct RouterConfig {
     RouterGate gate;
-    float gate_scale;   // multiplies every gate; folded into down_proj at export
-    bool input_is_raw;  // router sees h instead of RMSNorm(h)·w (METHOD.md §4)
+    float gate_scale;  // multiplies every gate; folded into down_proj at export
+    bool input_is_raw; // router sees h instead of RMSNorm(h)·w (METHOD.md §4)
 } RouterConfig;
 
 typedef struct ModelConfig {

@@ -22,9 +22,9 @@ typedef struct FusionPlan {
     int num_source_layers;
     int num_blocks;
     FusionBlock blocks[MODEL_MAX_LAYERS]; // by rising base; never overlapping
-    int num_experts;     // N of every MoE layer
-    int top_k;           // k
-    int follower_copies; // M; a block's base MLP is copied N - n*·M times (K, at least 1)
+    int num_experts;                      // N of every MoE layer
+    int top_k;                            // k
+    int follower_copies;   // M; a block's base MLP is copied N - n*·M times (K, at least 1)
     bool elsewhere_copies; // other layers: N copies of their MLP (else they stay dense)
     double router_std;
     double reinit_ratio; // Drop-Upcycling: share of intermediate channels redrawn per expert

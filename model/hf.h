@@ -12,9 +12,9 @@ Status hf_open(const char *directory, TensorSource **out) NODISCARD;
 
 typedef struct HfWriteOptions {
     DType dtype;
-    uint64_t max_shard_bytes;     // 0 = one file
-    const char *copy_from;        // directory whose tokenizer and generation files are copied, or
-                                  // NULL
+    uint64_t max_shard_bytes; // 0 = one file
+    const char *copy_from;    // directory whose tokenizer and generation files are copied, or
+                              // NULL
     void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes); // or NULL
     void *context;
 } HfWriteOptions;

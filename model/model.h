@@ -2,7 +2,8 @@
 // every family and layer kind by walking the config's layer list.
 //
 // Memory is planned before it is taken (model_plan) and taken once (model_create); nothing is
-// allocated afterwards. Parameter gradients accumulate over micro-batches until model_zero_gradients.
+// allocated afterwards. Parameter gradients accumulate over micro-batches until
+// model_zero_gradients.
 #ifndef MODEL_MODEL_H
 #define MODEL_MODEL_H
 

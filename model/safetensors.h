@@ -20,8 +20,8 @@ typedef struct SafetensorsEntry {
     char dtype_name[16];
     int ndim;
     uint64_t shape[SAFETENSORS_MAX_DIMS];
-    uint64_t count;        // elements
-    uint64_t begin, end;   // bytes from the start of the data section
+    uint64_t count;      // elements
+    uint64_t begin, end; // bytes from the start of the data section
 } SafetensorsEntry;
 
 typedef struct SafetensorsHeader {
@@ -32,8 +32,8 @@ typedef struct SafetensorsHeader {
 
 // Parses a header from memory: `head` holds the file's first bytes (length and JSON), `file_bytes`
 // is the size of the whole file. The fuzz target's entry.
-Status safetensors_parse(const void *head, size_t head_bytes, uint64_t file_bytes,
-                         const char *name, SafetensorsHeader *out) NODISCARD;
+Status safetensors_parse(const void *head, size_t head_bytes, uint64_t file_bytes, const char *name,
+                         SafetensorsHeader *out) NODISCARD;
 void safetensors_header_free(SafetensorsHeader *header);
 
 // An open file.

@@ -56,9 +56,9 @@ typedef struct TensorTable {
     LayerOffsets *layers; // (num_layers)
     int num_layers;
     int64_t embed, final_norm, lm_head; // lm_head == embed when tied
-    int64_t total;        // elements of an arena, gaps included
-    int64_t router_begin; // first element of the fp32 tail; multiple of TENSOR_ALIGN
-    int64_t parameters;   // without gaps
+    int64_t total;                      // elements of an arena, gaps included
+    int64_t router_begin;               // first element of the fp32 tail; multiple of TENSOR_ALIGN
+    int64_t parameters;                 // without gaps
     int64_t active_parameters; // per token: experts counted top_k times; embedding counted once
 } TensorTable;
 

@@ -33,12 +33,12 @@ Status optimizer_step(Optimizer *optimizer, double learning_rate, double norm) N
 // the last `window` kept losses may be skipped. The window is state: it is saved and restored.
 enum { SKIP_WINDOW_MAX = 1024 };
 typedef struct SkipRule {
-    double sigma; // 0 = off
+    double sigma;       // 0 = off
     int window, warmup; // active once `warmup` losses are known
     int max_in_a_row;   // non-finite or spiking steps before STATUS_NUMERICS
     double losses[SKIP_WINDOW_MAX];
-    int64_t seen;   // losses recorded so far
-    int in_a_row;   // skipped just now, one after the other
+    int64_t seen;    // losses recorded so far
+    int in_a_row;    // skipped just now, one after the other
     int64_t skipped; // in the whole run
 } SkipRule;
 typedef enum SkipReason { SKIP_NONE, SKIP_NON_FINITE, SKIP_SPIKE } SkipReason;

@@ -8,7 +8,7 @@ typedef enum ScheduleKind { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } S
 
 typedef struct Schedule {
     ScheduleKind kind;
-    double peak, final;  // learning rates
+    double peak, final;   // learning rates
     int64_t warmup_steps; // linear from 0
     int64_t decay_steps;  // wsd: length of the linear decay at the end
     int64_t total_steps;

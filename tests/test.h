@@ -18,7 +18,8 @@ typedef struct TestEntry {
     const char *name;
     const TTest *test;
 } TestEntry;
-#define TEST(name) {#name, name}
+#define TEST(name)                                                                                 \
+    { #name, name }
 
 // The call succeeds, or the test fails with its message.
 #define ck_assert_ok(call)                                                                         \

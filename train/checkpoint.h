@@ -26,8 +26,7 @@ typedef struct CheckpointOptions {
 
 Status checkpoint_plan(const TensorTable *table, MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
-                                const CheckpointOptions *options,
-                                CheckpointWriter **out) NODISCARD;
+                                const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
 // Copies weights, m, v and `state` (borrowed, copied) and returns; waits first for a save that is
 // still being written. An earlier save's failure is reported here, once, through *previous.
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state,

@@ -19,11 +19,11 @@ enum { RECIPE_TEXT_MAX = 1024 };
 typedef struct Recipe {
     char path[4096]; // the file it came from, "" for none
 #define SECTION(section, help)
-#define INT(section, key, def, min, max, help) int64_t section##_##key;
+#define INT(section, key, def, min, max, help)  int64_t section##_##key;
 #define REAL(section, key, def, min, max, help) double section##_##key;
-#define FLAG(section, key, def, help) bool section##_##key;
-#define TEXT(section, key, def, help) char section##_##key[RECIPE_TEXT_MAX];
-#define PICK(section, key, def, choices, help) int section##_##key;
+#define FLAG(section, key, def, help)           bool section##_##key;
+#define TEXT(section, key, def, help)           char section##_##key[RECIPE_TEXT_MAX];
+#define PICK(section, key, def, choices, help)  int section##_##key;
 #include "train/settings.def"
 #undef SECTION
 #undef INT
@@ -64,7 +64,7 @@ void recipe_compare(const Recipe *a, const Recipe *b,
                     void *context);
 
 // Derived values.
-int64_t recipe_steps(const Recipe *recipe);         // train.steps, or from tokens
+int64_t recipe_steps(const Recipe *recipe); // train.steps, or from tokens
 int64_t recipe_tokens_per_step(const Recipe *recipe);
 int64_t recipe_warmup_steps(const Recipe *recipe);
 Status recipe_run_name(const Recipe *recipe, char *out, size_t size) NODISCARD;

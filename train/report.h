@@ -11,13 +11,13 @@ typedef struct Report Report;
 
 typedef struct StepReport {
     int64_t step, total_steps;
-    int64_t tokens; // since the start of the run
+    int64_t tokens;                         // since the start of the run
     double loss, cross_entropy, balance, z; // means over the interval; balance is Σ layers, 1 each
     double learning_rate, gradient_norm;
     double tokens_per_second;
     double data_wait; // share of the interval spent waiting for data
     double eta_seconds;
-    int64_t skipped;  // in the whole run
+    int64_t skipped;       // in the whole run
     const ModelSums *sums; // of the interval, for expert load; NULL to leave out
 } StepReport;
 

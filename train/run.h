@@ -24,8 +24,8 @@ typedef struct RunOptions {
 // measures, chooses and fuses, leaving plan/similarity.h5 and plan/plan.json. An existing
 // plan/plan.json of the same run is used again, so that a resumed run keeps its model.
 // *source is NULL for random weights (then only *config is filled).
-Status prepare_model(const Recipe *recipe, Backend *backend, const RunDir *dir,
-                     ModelConfig *config, TensorSource **source) NODISCARD;
+Status prepare_model(const Recipe *recipe, Backend *backend, const RunDir *dir, ModelConfig *config,
+                     TensorSource **source) NODISCARD;
 // The loader settings a recipe means, for training and for the held-out shards.
 Status prepare_train_data(const Recipe *recipe, const ModelConfig *config,
                           LoaderConfig *out) NODISCARD;

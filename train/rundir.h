@@ -8,8 +8,8 @@
 
 typedef struct RunDir {
     char path[IO_PATH_MAX];
-    int lock_fd;  // held for the life of the process; -1 = not locked
-    int attempt;  // 1 for the first start, counted in run_status.json
+    int lock_fd; // held for the life of the process; -1 = not locked
+    int attempt; // 1 for the first start, counted in run_status.json
 } RunDir;
 
 // Creates the directory and takes its lock: flock on `lock`, whose text names host, pid, job id and

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs what the project needs, and only what is missing: Debian/Ubuntu packages (as root or
+# through sudo) and a Python environment in .venv for data preparation, plots and lint.
+#
+#   scripts/setup.sh         what building, training and data preparation need
+#   scripts/setup.sh --dev   also what tests, lint and fuzzing need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(gcc g++ libc6-dev cmake ninja-build pkg-config libhdf5-dev libopenblas-openmp-dev
+          libjansson-dev libxxhash-dev python3 python3-venv xz-utils)
+if [ "${1:-}" = "--dev" ]; then
+    packages+=(git check clang libclang-rt-dev cppcheck shellcheck util-linux)
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+    if ! dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed; then
+        missing+=("$package")
+    fi
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+    echo "setup: installing ${missing[*]}"
+    as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null || {
+            echo "setup: not root and no sudo; please install: ${missing[*]}" >&2
+            exit 1
+        }
+        as_root=(sudo)
+    fi
+    "${as_root[@]}" apt-get update -qq
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+# The stamp holds the requirements it was made from: a change of the file rebuilds the environment.
+if ! cmp -s scripts/requirements.txt .venv/requirements.stamp; then
+    echo "setup: making the Python environment .venv"
+    rm -rf .venv
+    python3 -m venv .venv
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r scripts/requirements.txt
+    cp scripts/requirements.txt .venv/requirements.stamp
+fi
