@@ -10,7 +10,8 @@ typedef enum LogLevel { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG } LogLevel;
 void log_line(LogLevel level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 bool log_enabled(LogLevel level);
 
-// A transient line that the next log or status line overwrites; only shown on a terminal.
+// A transient line that the next log or status line overwrites; only shown on a terminal. An empty
+// text takes it away.
 void log_transient(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #define log_error(...) log_line(LOG_ERROR, __VA_ARGS__)

@@ -31,8 +31,7 @@ enum { STATUS_TEXT_MAX = 4096 };
 typedef struct StatusRecord {
     Status code;
     char message[STATUS_TEXT_MAX];
-    char trace[STATUS_TEXT_MAX]; // one "  at file:line: what" per frame; later frames dropped if
-                                 // full
+    char trace[STATUS_TEXT_MAX]; // "  at file:line: what" per frame; later ones dropped if full
 } StatusRecord;
 
 // Starts a new record for this thread (message from the format) and returns `code`.
@@ -58,15 +57,24 @@ int status_report(Status code, const char *program);
 
 #define NODISCARD __attribute__((warn_unused_result))
 
-// FAIL(STATUS_BAD_DATA, "%s: ...", path) returns from the calling function.
-#define FAIL(code, ...) return status_fail(__FILE__, __LINE__, (code), __VA_ARGS__)
+// FAIL(STATUS_BAD_DATA, "%s: ...", path) returns from the calling function. The code is returned
+// as written, not as status_fail's result, so that compilers see that a failure is not STATUS_OK
+// and do not warn about outputs that only a success fills.
+#define FAIL(code, ...)                                                                            \
+    do {                                                                                           \
+        Status fail_code_ = (code);                                                                \
+        status_fail(__FILE__, __LINE__, fail_code_, __VA_ARGS__);                                  \
+        return fail_code_;                                                                         \
+    } while (0)
 
 // TRY(call) returns from the calling function when the call fails.
 #define TRY(call)                                                                                  \
     do {                                                                                           \
         Status try_status_ = (call);                                                               \
-        if (__builtin_expect(try_status_ != STATUS_OK, 0))                                         \
-            return status_trace(__FILE__, __LINE__, try_status_, #call);                           \
+        if (__builtin_expect(try_status_ != STATUS_OK, 0)) {                                       \
+            status_trace(__FILE__, __LINE__, try_status_, #call);                                  \
+            return try_status_;                                                                    \
+        }                                                                                          \
     } while (0)
 
 // For functions with clean-up: a local `Status status = STATUS_OK;` and one label.
@@ -89,8 +97,7 @@ int status_report(Status code, const char *program);
 #define INVARIANT(condition)                                                                       \
     do {                                                                                           \
         if (__builtin_expect(!(condition), 0))                                                     \
-            return status_fail(__FILE__, __LINE__, STATUS_INTERNAL, "invariant broken: %s",        \
-                               #condition);                                                        \
+            FAIL(STATUS_INTERNAL, "invariant broken: %s", #condition);                             \
     } while (0)
 
 #endif
