@@ -232,7 +232,8 @@ typedef struct LinearCrossEntropyArgs {
 typedef struct AdamwArgs {
     int64_t count;
     float *master;    // (count)
-    const void *grad; // (count) grad_dtype
+    const void *grad; // (count) of grad_dtype
+    DType grad_dtype; // the backend's, or F32 for the routers' gradients
     float *m, *v;     // (count)
     void *copy;       // (count) of copy_dtype, or NULL
     DType copy_dtype;
@@ -306,8 +307,10 @@ typedef struct BackendOps {
     Status (*moe_ffn_backward)(Backend *, const MoeFfnArgs *) NODISCARD;
     Status (*linear_cross_entropy)(Backend *, const LinearCrossEntropyArgs *) NODISCARD;
     Status (*adamw)(Backend *, const AdamwArgs *) NODISCARD;
-    // sums[0] += Σ g², sums[1] += number of non-finite values; g has grad_dtype.
-    Status (*norm2)(Backend *, const void *grad, int64_t count, double *sums) NODISCARD;
+    // sums[0] += Σ g², sums[1] += number of non-finite values; sums is device memory. `dtype` is
+    // the backend's grad_dtype, or F32 for the routers' gradients.
+    Status (*norm2)(Backend *, DType dtype, const void *grad, int64_t count,
+                    double *sums) NODISCARD;
     Status (*row_similarity)(Backend *, const RowSimilarityArgs *) NODISCARD;
     // a += b, compute_dtype.
     Status (*add)(Backend *, void *a, const void *b, int64_t count) NODISCARD;

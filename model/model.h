@@ -67,7 +67,8 @@ typedef struct Model {
     ModelOptions options;
     void *params;  // working copy (tensor_table_copy_bytes)
     float *master; // fp32 arena AdamW updates; the same memory as params on an fp32 backend
-    void *grads;   // arena of grad_dtype; NULL when not training
+    void *grads;   // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
+                   // NULL when not training
     struct Activations *activations; // model/activations.h
 } Model;
 

@@ -14,7 +14,9 @@ typedef struct Schedule {
     int64_t total_steps;
 } Schedule;
 
-// The rate for the update that makes step `step` (1-based).
+// The rate for the update that makes step `step` (1-based). Exactly `peak` at step warmup_steps
+// and, for cosine and wsd, exactly `final` from step total_steps on. A step that is skipped keeps
+// its number: the schedule follows steps, not updates.
 double schedule_rate(const Schedule *schedule, int64_t step);
 
 #endif
