@@ -1,46 +1,83 @@
 // Checkpoints: complete or invisible, verified on load, written while training goes on
 // (METHOD.md §8). Layout of checkpoints/step_00001000/:
 //   model.safetensors                  weights under HF names, bf16 or fp32
-//   optimizer-00000-of-00001.safetensors   master, m, v: "<tensor>.master", ".m", ".v", fp32
+//   config.json                        beside them, so that the directory loads as a HF model; left
+//                                      out when config.json cannot express the router
+//   optimizer-RRRRR-of-WWWWW.safetensors   master, m, v of rank R of W, fp32 (checkpoint_slices.h)
 //   state.json                         everything else that decides the next step
 //   manifest.json                      written last: bytes and XXH3-128 of every file
+//
+// A checkpoint is written as step_00001000.tmp-PID, every file and the directory synced, then
+// renamed and the parent synced. Deleting removes the manifest first. So at each instant every
+// step_* directory with a manifest is complete, and only damage to the disk makes one fail
+// verification.
 #ifndef TRAIN_CHECKPOINT_H
 #define TRAIN_CHECKPOINT_H
 
 #include <stdbool.h>
 #include <stdint.h>
+#include "base/file.h"
 #include "base/json.h"
 #include "base/memory_plan.h"
 #include "base/status.h"
 #include "model/model.h"
 #include "optim/optimizer.h"
 
+typedef struct CheckpointOptions {
+    const char *directory; // <run>/checkpoints; must outlive the writer
+    int64_t keep_last;     // newest checkpoints kept, >= 1
+    int64_t keep_every;    // also kept: steps that are multiples of this; 0 = none
+    DType dtype;           // of model.safetensors
+} CheckpointOptions;
+
+// --- checkpoint_writer.c -------------------------------------------------------------------------
+
 // The background writer: takes a snapshot into host memory reserved once, then writes on a thread.
 typedef struct CheckpointWriter CheckpointWriter;
-
-typedef struct CheckpointOptions {
-    const char *directory; // <run>/checkpoints
-    int64_t keep_last, keep_every;
-    DType dtype; // of model.safetensors
-} CheckpointOptions;
 
 Status checkpoint_plan(const TensorTable *table, MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
 // Copies weights, m, v and `state` (borrowed, copied) and returns; waits first for a save that is
-// still being written. An earlier save's failure is reported here, once, through *previous.
+// still being written. How that earlier save ended goes to *previous, once, with its message in
+// this thread's error record.
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state,
                         Status *previous) NODISCARD;
-// Waits for the save in flight and returns how it ended.
+// Waits for the save in flight and returns how it ended; STATUS_OK when there is none.
 Status checkpoint_wait(CheckpointWriter *writer) NODISCARD;
-void checkpoint_writer_destroy(CheckpointWriter *writer);
+void checkpoint_writer_destroy(CheckpointWriter *writer); // waits; NULL is fine
+
+// --- checkpoint_directory.c ----------------------------------------------------------------------
 
 // Finds the newest checkpoint that verifies; broken ones are named in a warning and skipped.
-// *step = -1 when there is none.
+// *step = -1 when there is none at all. When there are some and all are broken this fails: starting
+// again from nothing must be somebody's decision.
 Status checkpoint_find(const char *directory, int64_t *step, char path[IO_PATH_MAX]) NODISCARD;
+// Removes what killed saves left behind (step_*.tmp-*). Only under the run directory's lock.
+Status checkpoint_clean(const char *directory) NODISCARD;
+// Moves checkpoints of steps above `step` into the directory `to` (made when needed), so that a run
+// that starts from an earlier point neither resumes from nor counts the abandoned ones.
+// *moved = how many.
+Status checkpoint_set_aside(const char *directory, int64_t step, const char *to,
+                            int *moved) NODISCARD;
+// Refuses (STATUS_CANNOT_WRITE) when the file system cannot take the checkpoints that the options
+// ask for: keep_last + 1 of them, less those that are there already.
+Status checkpoint_check_space(const CheckpointOptions *options, const TensorTable *table) NODISCARD;
+// Deletes what keep_last and keep_every do not cover, after `step` was saved. Checkpoints above
+// `step` are neither counted nor touched.
+Status checkpoint_retain(const CheckpointOptions *options, int64_t step) NODISCARD;
+Status checkpoint_remove(const char *path) NODISCARD; // the manifest first
+Status checkpoint_path(const char *directory, int64_t step, char out[IO_PATH_MAX]) NODISCARD;
+// The step in a checkpoint's directory name; -1 when the name is none.
+int64_t checkpoint_step_of(const char *path);
+
+// --- checkpoint.c --------------------------------------------------------------------------------
+
+// Every file of the manifest is there with its size and hash; nothing that is needed is missing.
 Status checkpoint_verify(const char *path) NODISCARD;
 Status checkpoint_read_state(const char *path, json_t **state) NODISCARD;
-// Loads weights, m and v by tensor name.
+// Loads weights, m and v by tensor name, from the files of any number of ranks. Does not hash
+// again: call checkpoint_find or checkpoint_verify before.
 Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) NODISCARD;
 
 #endif

@@ -1,0 +1,111 @@
+// Verifying and loading one checkpoint.
+//
+// Weights are read from the fp32 master parts, not from model.safetensors: bf16 weights would not
+// continue bit for bit. model.safetensors is what other programs and exports read; its hash is
+// verified all the same.
+#include "train/checkpoint.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include "train/checkpoint_manifest.h"
+#include "train/checkpoint_slices.h"
+
+enum { STATE_MAX_BYTES = 1 << 30, CHUNK_ELEMENTS = 1 << 20 };
+
+static Status verify_file(const char *directory, const ManifestFile *file, bool hash) {
+    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    uint64_t bytes;
+    TRY(io_path(path, "%s/%s", directory, file->name));
+    TRY(io_file_size(path, &bytes));
+    if (bytes != file->bytes)
+        FAIL(STATUS_BAD_DATA, "%s: has %" PRIu64 " bytes, its manifest says %" PRIu64, path, bytes,
+             file->bytes);
+    if (!hash) return STATUS_OK;
+    TRY(hash_file(path, hex, &bytes, NULL, NULL));
+    if (strcmp(hex, file->hex) != 0)
+        FAIL(STATUS_BAD_DATA, "%s: content has hash %s, its manifest says %s", path, hex,
+             file->hex);
+    return STATUS_OK;
+}
+
+static Status verify_files(const char *path, const Manifest *manifest) {
+    int64_t named = checkpoint_step_of(path);
+    if (named >= 0 && named != manifest->step)
+        FAIL(STATUS_BAD_DATA, "%s: its manifest is of step %" PRId64, path, manifest->step);
+    // All sizes before any hash: a torn checkpoint shows without reading gigabytes.
+    for (int hash = 0; hash <= 1; hash++)
+        for (int i = 0; i < manifest->count; i++) TRY(verify_file(path, &manifest->files[i], hash));
+    return STATUS_OK;
+}
+
+Status checkpoint_verify(const char *path) {
+    Manifest manifest;
+    TRY(manifest_read(path, &manifest));
+    Status status = verify_files(path, &manifest);
+    manifest_free(&manifest);
+    return status;
+}
+
+Status checkpoint_read_state(const char *path, json_t **state) {
+    char file[IO_PATH_MAX];
+    TRY(io_path(file, "%s/state.json", path));
+    return json_read_file(file, STATE_MAX_BYTES, state);
+}
+
+// --- Loading -------------------------------------------------------------------------------------
+
+// The master weights of a checkpoint as a source for model_load.
+typedef struct MasterSource {
+    TensorSource base;
+    const SliceSet *set;
+} MasterSource;
+
+static Status read_master(TensorSource *source, const Tensor *tensor, int64_t first, int64_t count,
+                          float *out) {
+    const SliceSet *set = ((MasterSource *)source)->set;
+    return slices_read(set, SLICE_MASTER, tensor, first, count, out);
+}
+
+static void close_nothing(TensorSource *source) {
+    (void)source;
+}
+
+// One of m and v: gaps between tensors stay zero.
+static Status load_moments(const SliceSet *set, SliceKind kind, Backend *backend, float *arena) {
+    Status status = STATUS_OK;
+    float *chunk = malloc(CHUNK_ELEMENTS * sizeof *chunk);
+    if (!chunk) FAIL(STATUS_INTERNAL, "out of memory loading optimizer state");
+    for (int i = 0; i < set->table->count; i++) {
+        const Tensor *tensor = &set->table->tensors[i];
+        for (int64_t first = 0; first < tensor->count; first += CHUNK_ELEMENTS) {
+            int64_t count = tensor->count - first;
+            if (count > CHUNK_ELEMENTS) count = CHUNK_ELEMENTS;
+            TRY_GOTO(slices_read(set, kind, tensor, first, count, chunk), done);
+            TRY_GOTO(backend->ops->upload(backend, arena + tensor->offset + first, chunk,
+                                          (size_t)count * sizeof *chunk),
+                     done);
+        }
+    }
+done:
+    free(chunk);
+    return status;
+}
+
+Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) {
+    Status status = STATUS_OK;
+    SliceSet set;
+    TRY(slices_open(path, &model->table, &set));
+    MasterSource source = {.base = {.config = &model->config,
+                                    .table = &model->table,
+                                    .dtype = DTYPE_F32,
+                                    .read = read_master,
+                                    .close = close_nothing},
+                           .set = &set};
+    TRY_GOTO(model_load(model, &source.base), done);
+    TRY_GOTO(load_moments(&set, SLICE_M, model->backend, optimizer->m), done);
+    TRY_GOTO(load_moments(&set, SLICE_V, model->backend, optimizer->v), done);
+done:
+    slices_close(&set);
+    return status;
+}

@@ -1,0 +1,36 @@
+// manifest.json: what a checkpoint consists of. Its presence makes a directory a checkpoint.
+//   {"format": "dense2moe-checkpoint", "version": 1, "step": 1000,
+//    "files": [{"name": "model.safetensors", "bytes": 123, "xxh3_128": "<32 hex digits>"}, ...]}
+#ifndef TRAIN_CHECKPOINT_MANIFEST_H
+#define TRAIN_CHECKPOINT_MANIFEST_H
+
+#include <stdint.h>
+#include "base/hash.h"
+#include "base/json.h"
+#include "base/status.h"
+
+#define MANIFEST_NAME "manifest.json"
+enum { MANIFEST_FILE_NAME_MAX = 64 };
+
+typedef struct ManifestFile {
+    char name[MANIFEST_FILE_NAME_MAX];
+    uint64_t bytes;
+    char hex[HASH_HEX_SIZE];
+} ManifestFile;
+
+typedef struct Manifest {
+    int64_t step;
+    ManifestFile *files;
+    int count;
+} Manifest;
+
+Status manifest_add(Manifest *manifest, const char *name, uint64_t bytes,
+                    const char hex[HASH_HEX_SIZE]) NODISCARD;
+Status manifest_write(const Manifest *manifest, const char *directory) NODISCARD;
+// Names are plain file names, given once, and cover model, state and all optimizer files of one
+// number of ranks. `name` is for messages. The fuzz target's entry.
+Status manifest_from_json(const json_t *root, const char *name, Manifest *out) NODISCARD;
+Status manifest_read(const char *directory, Manifest *out) NODISCARD;
+void manifest_free(Manifest *manifest);
+
+#endif
