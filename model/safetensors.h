@@ -45,11 +45,12 @@ typedef struct SafetensorsFile {
 Status safetensors_open(const char *path, SafetensorsFile *out) NODISCARD;
 void safetensors_close(SafetensorsFile *file);
 const SafetensorsEntry *safetensors_find(const SafetensorsFile *file, const char *name);
-// Elements [first, first + count) as fp32.
+// Elements [first, first + count) as fp32. Threads may read one file at the same time.
 Status safetensors_read(const SafetensorsFile *file, const SafetensorsEntry *entry, uint64_t first,
                         uint64_t count, float *out) NODISCARD;
 
-// Writing: declare all tensors, then append their data in the declared order, in any pieces.
+// Writing: declare all tensors, then append their data in the declared order, in any pieces. Wider
+// types first keeps every tensor aligned to its element size.
 // The file is `path` itself (the caller owns atomic visibility: write into a temporary directory
 // or name). The running hash covers every byte written.
 typedef struct SafetensorsWriter SafetensorsWriter;
@@ -66,7 +67,7 @@ Status safetensors_writer_open(const char *path, const SafetensorsSpec *specs, s
 Status safetensors_writer_append(SafetensorsWriter *writer, const float *values,
                                  uint64_t count) NODISCARD;
 // Fails unless everything declared was appended; fsyncs; gives size and hash. Frees the writer
-// either way.
+// either way, and removes the file when it fails.
 Status safetensors_writer_finish(SafetensorsWriter *writer, uint64_t *bytes,
                                  char hex[HASH_HEX_SIZE]) NODISCARD;
 void safetensors_writer_abort(SafetensorsWriter *writer); // closes and unlinks; NULL is fine
