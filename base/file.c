@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include "base/log.h"
@@ -33,7 +34,7 @@ static void *hook_context;
 
 static const char *const op_names[] = {
     [IO_OPEN] = "open",     [IO_READ] = "read",     [IO_WRITE] = "write", [IO_FSYNC] = "fsync",
-    [IO_RENAME] = "rename", [IO_UNLINK] = "unlink", [IO_MKDIR] = "mkdir",
+    [IO_RENAME] = "rename", [IO_UNLINK] = "unlink", [IO_MKDIR] = "mkdir", [IO_LOCK] = "lock",
 };
 enum { NUM_OPS = sizeof op_names / sizeof op_names[0], ANY_OP = -1 };
 
@@ -188,6 +189,15 @@ Status io_pread(int fd, const char *path, void *out, size_t bytes, uint64_t offs
         done += (size_t)count;
     }
     return STATUS_OK;
+}
+
+IoLock io_lock(int fd, const char *path) {
+    int error = announce_plain(IO_LOCK, path);
+    while (error == 0 && flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        if (errno != EINTR) error = errno;
+    }
+    if (error == 0) return IO_LOCK_TAKEN;
+    return error == EWOULDBLOCK ? IO_LOCK_BUSY : IO_LOCK_UNSUPPORTED;
 }
 
 Status io_fsync(int fd, const char *path) {

@@ -3,8 +3,8 @@
 // Every byte the program reads or writes outside HDF5 goes through these functions, so that tests
 // inject faults at one place: io_set_hook() sees each operation before it happens and may answer
 // with an errno, a short count or the end of the process. DENSE2MOE_IO_FAULT="op:number:action"
-// (op = open|write|fsync|rename|unlink|any, number = which call counts from 1, action =
-// kill|eio|enospc|short) installs the same from outside.
+// (op = open|read|write|fsync|rename|unlink|mkdir|lock|any; number = which call fails, from 1, "3+"
+// = that and all later ones; action = kill|eio|enospc|short) installs the same from outside.
 //
 // A file becomes visible by write-temp, fsync, rename, fsync-directory (DESIGN.md rule 4).
 #ifndef BASE_FILE_H
@@ -15,7 +15,16 @@
 #include <stdint.h>
 #include "base/status.h"
 
-typedef enum IoOp { IO_OPEN, IO_READ, IO_WRITE, IO_FSYNC, IO_RENAME, IO_UNLINK, IO_MKDIR } IoOp;
+typedef enum IoOp {
+    IO_OPEN,
+    IO_READ,
+    IO_WRITE,
+    IO_FSYNC,
+    IO_RENAME,
+    IO_UNLINK,
+    IO_MKDIR,
+    IO_LOCK,
+} IoOp;
 
 // Returns 0 to let the operation happen, or an errno to fail with. *bytes may be lowered (a short
 // read or write). `path` is the file's name where known, else NULL.
@@ -31,6 +40,9 @@ Status io_write(int fd, const char *path, const void *data, size_t bytes) NODISC
 Status io_pread(int fd, const char *path, void *out, size_t bytes, uint64_t offset) NODISCARD;
 Status io_pwrite(int fd, const char *path, const void *data, size_t bytes,
                  uint64_t offset) NODISCARD;
+// Takes the whole file's exclusive flock, which ends with the process; does not wait.
+typedef enum IoLock { IO_LOCK_TAKEN, IO_LOCK_BUSY, IO_LOCK_UNSUPPORTED } IoLock;
+IoLock io_lock(int fd, const char *path);
 Status io_fsync(int fd, const char *path) NODISCARD; // a failed fsync is never retried
 Status io_fsync_directory(const char *path) NODISCARD;
 Status io_rename(const char *from, const char *to) NODISCARD;

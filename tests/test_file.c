@@ -22,7 +22,7 @@ typedef struct Fault {
 } Fault;
 
 static int inject(void *context, IoOp op, const char *path, size_t *bytes) {
-    static const char letters[] = "ORWFNUM"; // open, read, write, fsync, rename (N), unlink, mkdir
+    static const char letters[] = "ORWFNUML"; // rename is N
     Fault *fault = context;
     size_t used = strlen(fault->seen);
     const char *name = path ? strrchr(path, '/') : NULL;

@@ -15,10 +15,13 @@ typedef struct RunDir {
 // Creates the directory and takes its lock: flock on `lock`, whose text names host, pid, job id and
 // start. A lock held by a living process is STATUS_USAGE naming the holder; a directory that cannot
 // be written is STATUS_CANNOT_WRITE. Appends an attempt to run_status.json; three attempts in a row
-// that made no progress are STATUS_NO_PROGRESS.
+// that made no progress are STATUS_NO_PROGRESS. That refusal ends the row, so whoever has looked
+// into the cause just starts the run again.
 Status rundir_open(RunDir *dir, const char *parent, const char *name) NODISCARD;
 void rundir_close(RunDir *dir);
-// Records how this attempt goes or ended: state "running", "done", "preempted", "failed".
+// Records how this attempt goes or ended: state "running", "done", "preempted", "failed". `step` is
+// the newest step that a later attempt can resume from (its checkpoint is complete): an attempt
+// has made progress when that is beyond every attempt before it.
 Status rundir_status(RunDir *dir, const char *state, int64_t step, Status code,
                      const char *message) NODISCARD;
 
