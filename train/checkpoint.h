@@ -38,11 +38,11 @@ typedef struct CheckpointWriter CheckpointWriter;
 Status checkpoint_plan(const TensorTable *table, MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
-// Copies weights, m, v and `state` (borrowed, copied) and returns; waits first for a save that is
-// still being written. How that earlier save ended goes to *previous, once, with its message in
-// this thread's error record.
-Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state,
-                        Status *previous) NODISCARD;
+// Copies weights, m, v and `state` (borrowed, copied), starts the thread and returns. An earlier
+// save must have been collected with checkpoint_wait.
+Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) NODISCARD;
+// True while a save is being written: checkpoint_wait would block.
+bool checkpoint_busy(CheckpointWriter *writer);
 // Waits for the save in flight and returns how it ended; STATUS_OK when there is none.
 Status checkpoint_wait(CheckpointWriter *writer) NODISCARD;
 void checkpoint_writer_destroy(CheckpointWriter *writer); // waits; NULL is fine

@@ -2,8 +2,7 @@
 //
 // checkpoint_begin copies what a save needs into memory that was reserved at the start and returns;
 // a thread of its own then writes, syncs, publishes and deletes old checkpoints. The thread touches
-// the snapshot, files and nothing else, so training goes on. It lives for one save: begin waits for
-// it before the snapshot is overwritten.
+// the snapshot, files and nothing else, so training goes on. It lives for one save.
 //
 // A save that fails leaves no trace but its message: its directory is removed, which also gives
 // back the space on a full disk, and the checkpoints before it are untouched. fsync is never tried
@@ -13,6 +12,7 @@
 #include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -30,7 +30,8 @@ struct CheckpointWriter {
     float *snapshot[SLICE_KINDS]; // (table.total) each, host memory
     char *state_text;             // state.json of the save in flight
     int64_t step;
-    bool running; // the thread must be joined
+    bool running;      // the thread must be joined
+    atomic_bool ended; // joining it will not block
     pthread_t thread;
     StatusRecord record; // how the thread ended
 };
@@ -150,6 +151,7 @@ static void *save_thread(void *argument) {
         status_take(&writer->record);
     else
         writer->record = (StatusRecord){.code = STATUS_OK};
+    atomic_store(&writer->ended, true);
     return NULL;
 }
 
@@ -158,6 +160,7 @@ static Status start_thread(CheckpointWriter *writer) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    atomic_store(&writer->ended, false);
     int error = pthread_create(&writer->thread, NULL, save_thread, writer);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error) FAIL(STATUS_INTERNAL, "cannot start the checkpoint thread: %s", strerror(error));
@@ -227,9 +230,8 @@ static Status take_snapshot(CheckpointWriter *writer) {
     return backend->ops->download(backend, to[SLICE_V], writer->optimizer->v, bytes);
 }
 
-Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state,
-                        Status *previous) {
-    *previous = checkpoint_wait(writer);
+Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) {
+    INVARIANT(!writer->running);
     char *text = json_dumps(state, JSON_INDENT(1) | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
     if (!text) FAIL(STATUS_INTERNAL, "state.json: out of memory, or a value that JSON cannot hold");
     free(writer->state_text);
@@ -237,6 +239,10 @@ Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *st
     writer->step = step;
     TRY(take_snapshot(writer));
     return start_thread(writer);
+}
+
+bool checkpoint_busy(CheckpointWriter *writer) {
+    return writer->running && !atomic_load(&writer->ended);
 }
 
 Status checkpoint_wait(CheckpointWriter *writer) {
