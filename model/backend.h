@@ -19,8 +19,9 @@
 //  - Results are deterministic for a fixed backend configuration (thread count, device): no float
 //    atomics, fixed reduction order. Reductions over tokens accumulate in double on the CPU.
 //  - Ops use the workspace set by set_workspace(); workspace_bytes() says how much an op needs for
-//    the shape members of its args (pointers are ignored, but whether an optional pointer is NULL
-//    does not change the answer).
+//    the shape members of its args, forward and backward (pointers are ignored: the answer covers
+//    every optional operand). It never shrinks as a shape member grows. The args of OP_NORM2 are
+//    a const int64_t *count.
 #ifndef MODEL_BACKEND_H
 #define MODEL_BACKEND_H
 
@@ -117,14 +118,15 @@ typedef struct AttentionArgs {
 } AttentionArgs;
 
 // Dense SwiGLU MLP: out = (silu(x·gateᵀ) * (x·upᵀ)) · downᵀ (Shazeer 2020).
-// Backward reads x, gate_up and, when not NULL, activation (else it is recomputed).
+// Backward reads x, gate_up and, when not NULL, activation (else it is recomputed). Forward with
+// out NULL computes only what backward reads (recompute of a whole layer).
 typedef struct FfnArgs {
     int64_t tokens;
     int hidden_size, intermediate_size;
     const void *x;              // (T, H)
     const void *weight_gate_up; // (2I, H): gate rows, then up rows
     const void *weight_down;    // (H, I)
-    void *out;                  // (T, H)
+    void *out;                  // (T, H) or NULL
     void *gate_up;              // (T, 2I) saved: gate columns, then up columns
     void *activation;           // (T, I) saved, or NULL: workspace, recomputed in backward
     const void *dout;           // (T, H)
@@ -152,7 +154,8 @@ typedef struct Routing {
 // logits = x · weightᵀ in fp32; softmax; top-k; gates; grouping. gate_scale multiplies every gate.
 // Backward takes dgate (T, k) and adds the router losses' gradients in the same pass:
 //   dL/dp[t,i]      += balance_scale * load[i]     (balance: balance_scale = α·N/T_total,
-//                                                   load[i] = f_i, a constant)
+//                                                   load[i] = f_i, a constant; load NULL: f_i of
+//                                                   this call, rows of expert i / (T·k))
 //   dL/dlogit[t,i]  += z_scale * 2 * lse[t] * p[t,i]   (z-loss: z_scale = ζ/T_total)
 // dx is ACCUMULATED (moe_ffn_backward has assigned it); grad_weight accumulates.
 typedef struct RouteArgs {
@@ -166,7 +169,7 @@ typedef struct RouteArgs {
     Routing routing;
     const float *dgate; // (T, k)
     float balance_scale, z_scale;
-    const float *load;  // (N) or NULL when balance_scale is 0
+    const float *load;  // (N), or NULL: the load of this very routing
     void *dx;           // (T, H) in and out
     float *grad_weight; // (N, H), fp32 on every backend
 } RouteArgs;
@@ -190,6 +193,7 @@ typedef struct RouterLossArgs {
 // The expert MLPs, dropless: every assignment is computed, none is padded.
 //   out[t] = Σ_j gate[t,j] · MLP_expert[t,j](x[t])
 // Backward reads x, routing and gate_up (activations are recomputed); assigns dx and dgate.
+// Forward with out NULL computes only gate_up.
 typedef struct MoeFfnArgs {
     int64_t tokens;
     int hidden_size, intermediate_size, num_experts, top_k;
@@ -197,7 +201,7 @@ typedef struct MoeFfnArgs {
     const void *weight_gate_up; // (N, 2I, H)
     const void *weight_down;    // (N, H, I)
     Routing routing;
-    void *out;          // (T, H)
+    void *out;          // (T, H) or NULL
     void *gate_up;      // (T*k, 2I) saved, grouped by expert
     const void *dout;   // (T, H)
     void *dx;           // (T, H)

@@ -53,9 +53,11 @@ static inline bool config_layer_is_moe(const ModelConfig *c, int layer) {
 }
 bool config_has_moe(const ModelConfig *c);
 const char *config_family_name(ModelFamily family); // "qwen2", "llama", "qwen3"
+const char *config_gate_name(RouterGate gate);      // "softmax", "renorm", "straight_through"
+bool config_gate_parse(const char *name, RouterGate *out);
 
 // Ranges and divisibility (head counts, rotary dimension, top_k <= num_experts, renorm with k = 1
-// refused, ...). `name` opens the message.
+// refused, ...): STATUS_BAD_DATA. `name` opens the message.
 Status config_validate(const ModelConfig *c, const char *name) NODISCARD;
 
 // Hugging Face config.json <-> ModelConfig. model_type qwen2, llama, qwen3, qwen2_moe, qwen3_moe.

@@ -53,7 +53,8 @@ typedef struct LayerOffsets {
 typedef struct TensorTable {
     Tensor *tensors;
     int count;
-    LayerOffsets *layers; // (num_layers)
+    const Tensor **by_name; // (count) the same tensors, sorted by name
+    LayerOffsets *layers;   // (num_layers)
     int num_layers;
     int64_t embed, final_norm, lm_head; // lm_head == embed when tied
     int64_t total;                      // elements of an arena, gaps included
@@ -62,6 +63,7 @@ typedef struct TensorTable {
     int64_t active_parameters; // per token: experts counted top_k times; embedding counted once
 } TensorTable;
 
+// `config` has passed config_validate. Fails on more elements than can be addressed, or no memory.
 Status tensor_table_build(const ModelConfig *config, TensorTable *out) NODISCARD;
 void tensor_table_free(TensorTable *table);
 const Tensor *tensor_table_find(const TensorTable *table, const char *name); // NULL if absent

@@ -1,0 +1,237 @@
+// Builds the tensor table: names, shapes and offsets of every parameter of a config.
+//
+// The walk below runs twice, first to count the tensors and then to fill them in, so that the order
+// of tensors exists in one place. All arithmetic on sizes is checked: a legal config can still ask
+// for more elements than an address has bits for.
+#include "model/tensor_table.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/checked.h"
+
+// 2^50 elements: far beyond any machine, and times sixteen bytes of training state still inside
+// int64_t, so that callers may multiply without care.
+static const int64_t MAX_ELEMENTS = INT64_C(1) << 50;
+
+typedef struct Builder {
+    TensorTable *table;
+    bool counting;   // only count tensors
+    int64_t end;     // elements so far, gaps included
+    int64_t skipped; // parameters of experts that one token does not use
+    bool overflow;
+} Builder;
+
+// --- Placing tensors -----------------------------------------------------------------------------
+
+// Starts a packed group: the next tensor lies at a multiple of TENSOR_ALIGN. Returns its offset.
+static int64_t begin_group(Builder *b) {
+    b->end = (int64_t)round_up((uint64_t)b->end, TENSOR_ALIGN);
+    return b->end;
+}
+
+static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+
+// Appends a tensor (rows, columns), or (rows) when columns is 0, right after the last one.
+static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const char *format, ...) {
+    TensorTable *table = b->table;
+    tensor.ndim = columns ? 2 : 1;
+    tensor.shape[0] = rows;
+    tensor.shape[1] = columns;
+    // config_validate bounds every dimension by 2^24, so one tensor always fits.
+    tensor.count = rows * (columns ? columns : 1);
+    tensor.offset = b->end;
+    if (tensor.count > MAX_ELEMENTS - b->end) b->overflow = true;
+    if (b->overflow) return;
+    b->end += tensor.count;
+    if (!b->counting) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(tensor.name, sizeof tensor.name, format, arguments);
+        va_end(arguments);
+        table->tensors[table->count] = tensor;
+    }
+    table->count++;
+    table->parameters += tensor.count;
+}
+
+// --- The walk ------------------------------------------------------------------------------------
+
+static void add_attention(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
+    const Tensor norm = {.role = ROLE_NORM, .layer = layer, .expert = -1};
+    const Tensor weight = {.role = ROLE_QKV_WEIGHT, .layer = layer, .expert = -1};
+    const Tensor bias = {.role = ROLE_QKV_BIAS, .layer = layer, .expert = -1};
+    const Tensor output = {.role = ROLE_O_WEIGHT, .layer = layer, .expert = -1};
+    int64_t q = (int64_t)c->num_heads * c->head_dim, kv = (int64_t)c->num_kv_heads * c->head_dim;
+    static const char names[3] = {'q', 'k', 'v'};
+    const int64_t rows[3] = {q, kv, kv};
+
+    at->input_norm = begin_group(b);
+    add(b, norm, c->hidden_size, 0, "model.layers.%d.input_layernorm.weight", layer);
+    at->qkv_weight = begin_group(b);
+    for (int i = 0; i < 3; i++)
+        add(b, weight, rows[i], c->hidden_size, "model.layers.%d.self_attn.%c_proj.weight", layer,
+            names[i]);
+    if (c->qkv_bias) {
+        at->qkv_bias = begin_group(b);
+        for (int i = 0; i < 3; i++)
+            add(b, bias, rows[i], 0, "model.layers.%d.self_attn.%c_proj.bias", layer, names[i]);
+    }
+    if (c->qk_norm) {
+        at->q_norm = begin_group(b);
+        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.q_norm.weight", layer);
+        at->k_norm = begin_group(b);
+        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.k_norm.weight", layer);
+    }
+    at->o_weight = begin_group(b);
+    add(b, output, c->hidden_size, q, "model.layers.%d.self_attn.o_proj.weight", layer);
+    at->post_norm = begin_group(b);
+    add(b, norm, c->hidden_size, 0, "model.layers.%d.post_attention_layernorm.weight", layer);
+}
+
+static void add_dense(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
+    const Tensor gate = {.role = ROLE_GATE, .layer = layer, .expert = -1};
+    const Tensor up = {.role = ROLE_UP, .layer = layer, .expert = -1};
+    const Tensor down = {.role = ROLE_DOWN, .layer = layer, .expert = -1};
+    int64_t hidden = c->hidden_size, width = c->intermediate_size;
+    at->gate_up = begin_group(b);
+    add(b, gate, width, hidden, "model.layers.%d.mlp.gate_proj.weight", layer);
+    add(b, up, width, hidden, "model.layers.%d.mlp.up_proj.weight", layer);
+    at->down = begin_group(b);
+    add(b, down, hidden, width, "model.layers.%d.mlp.down_proj.weight", layer);
+}
+
+static void add_experts(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
+    int experts = c->layers[layer].num_experts;
+    int64_t hidden = c->hidden_size, width = c->moe_intermediate_size;
+    at->gate_up = begin_group(b);
+    for (int e = 0; e < experts; e++) {
+        const Tensor gate = {.role = ROLE_GATE, .layer = layer, .expert = e};
+        const Tensor up = {.role = ROLE_UP, .layer = layer, .expert = e};
+        add(b, gate, width, hidden, "model.layers.%d.mlp.experts.%d.gate_proj.weight", layer, e);
+        add(b, up, width, hidden, "model.layers.%d.mlp.experts.%d.up_proj.weight", layer, e);
+    }
+    at->down = begin_group(b);
+    for (int e = 0; e < experts; e++) {
+        const Tensor down = {.role = ROLE_DOWN, .layer = layer, .expert = e};
+        add(b, down, hidden, width, "model.layers.%d.mlp.experts.%d.down_proj.weight", layer, e);
+    }
+    if (!b->overflow) b->skipped += (experts - c->layers[layer].top_k) * 3 * hidden * width;
+}
+
+static void walk(Builder *b, const ModelConfig *c) {
+    const Tensor embed = {.role = ROLE_EMBED, .layer = -1, .expert = -1};
+    const Tensor norm = {.role = ROLE_NORM, .layer = -1, .expert = -1};
+    const Tensor head = {.role = ROLE_LM_HEAD, .layer = -1, .expert = -1};
+    TensorTable *table = b->table;
+    table->embed = begin_group(b);
+    add(b, embed, c->vocab_size, c->hidden_size, "model.embed_tokens.weight");
+    for (int layer = 0; layer < c->num_layers; layer++) {
+        LayerOffsets *at = &table->layers[layer];
+        *at = (LayerOffsets){-1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+        add_attention(b, c, layer, at);
+        if (config_layer_is_moe(c, layer))
+            add_experts(b, c, layer, at);
+        else
+            add_dense(b, c, layer, at);
+    }
+    table->final_norm = begin_group(b);
+    add(b, norm, c->hidden_size, 0, "model.norm.weight");
+    table->lm_head = table->embed;
+    if (!c->tie_word_embeddings) {
+        table->lm_head = begin_group(b);
+        add(b, head, c->vocab_size, c->hidden_size, "lm_head.weight");
+    }
+    table->router_begin = begin_group(b);
+    for (int layer = 0; layer < c->num_layers; layer++) {
+        if (!config_layer_is_moe(c, layer)) continue;
+        const Tensor router = {.role = ROLE_ROUTER, .layer = layer, .expert = -1};
+        table->layers[layer].router = begin_group(b);
+        add(b, router, c->layers[layer].num_experts, c->hidden_size,
+            "model.layers.%d.mlp.gate.weight", layer);
+    }
+    table->total = begin_group(b);
+}
+
+// --- The table -----------------------------------------------------------------------------------
+
+static int compare_names(const void *a, const void *b) {
+    return strcmp((*(const Tensor *const *)a)->name, (*(const Tensor *const *)b)->name);
+}
+
+static Status fill(const ModelConfig *config, TensorTable *out) {
+    Builder counter = {.table = out, .counting = true};
+    walk(&counter, config);
+    if (counter.overflow)
+        FAIL(STATUS_BAD_DATA, "the model has more than 2^50 parameters, expected fewer");
+    int count = out->count;
+    out->tensors = malloc((size_t)count * sizeof *out->tensors);
+    out->by_name = malloc((size_t)count * sizeof(Tensor *));
+    if (!out->tensors || !out->by_name)
+        FAIL(STATUS_INTERNAL, "out of memory for a table of %d tensors", count);
+
+    out->count = 0;
+    out->parameters = 0;
+    Builder builder = {.table = out};
+    walk(&builder, config);
+    INVARIANT(out->count == count);
+    out->active_parameters = out->parameters - builder.skipped;
+    for (int i = 0; i < count; i++) out->by_name[i] = &out->tensors[i];
+    qsort(out->by_name, (size_t)count, sizeof *out->by_name, compare_names);
+    return STATUS_OK;
+}
+
+Status tensor_table_build(const ModelConfig *config, TensorTable *out) {
+    memset(out, 0, sizeof *out);
+    out->num_layers = config->num_layers;
+    out->layers = malloc((size_t)config->num_layers * sizeof *out->layers);
+    if (!out->layers)
+        FAIL(STATUS_INTERNAL, "out of memory for the offsets of %d layers", config->num_layers);
+    Status status = fill(config, out);
+    if (status != STATUS_OK) tensor_table_free(out);
+    return status;
+}
+
+void tensor_table_free(TensorTable *table) {
+    free(table->by_name);
+    free(table->tensors);
+    free(table->layers);
+    memset(table, 0, sizeof *table);
+}
+
+static int compare_key(const void *name, const void *entry) {
+    return strcmp(name, (*(const Tensor *const *)entry)->name);
+}
+
+const Tensor *tensor_table_find(const TensorTable *table, const char *name) {
+    const Tensor *const *found =
+        bsearch(name, table->by_name, (size_t)table->count, sizeof *table->by_name, compare_key);
+    return found ? *found : NULL;
+}
+
+size_t tensor_table_copy_bytes(const TensorTable *table, DType compute, int64_t offset) {
+    int64_t body = offset < table->router_begin ? offset : table->router_begin;
+    return (size_t)body * dtype_bytes(compute) + (size_t)(offset - body) * sizeof(float);
+}
+
+bool tensor_decays(const Tensor *tensor, bool decay_embeddings) {
+    switch (tensor->role) {
+    case ROLE_QKV_WEIGHT:
+    case ROLE_O_WEIGHT:
+    case ROLE_GATE:
+    case ROLE_UP:
+    case ROLE_DOWN:
+        return true;
+    case ROLE_EMBED:
+    case ROLE_LM_HEAD:
+        return decay_embeddings;
+    case ROLE_NORM:
+    case ROLE_QKV_BIAS:
+    case ROLE_ROUTER:
+        break;
+    }
+    return false;
+}
