@@ -63,5 +63,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
 // --- run.c: everything from the lock to the export -----------------------------------------------
 
 Status run_training(const Recipe *recipe, const RunOptions *options) NODISCARD;
+// The same on a backend that the caller made (tests wrap one to inject faults).
+Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) NODISCARD;
 
 #endif

@@ -1,0 +1,111 @@
+// A training run, from the lock of its directory to the exit code.
+//
+// The loop asks the same questions before every step: is an evaluation due, was a stop requested,
+// is a save due, are we there? Everything it needs to answer them is in the state that a checkpoint
+// holds, so an interrupted run and an uninterrupted one ask and answer the same.
+#include "train/run.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include "base/log.h"
+#include "train/stop_signal.h"
+#include "train/trainer.h"
+
+static Status save_if_due(Trainer *t) {
+    int64_t step = t->state.step, every = t->recipe->checkpoint_every;
+    // The last step is saved by the end of the run, after its evaluation.
+    bool due = every > 0 && step > 0 && step < t->total_steps && step % every == 0;
+    return due && t->unsaved ? save_begin(t) : STATUS_OK;
+}
+
+static void report_if_due(Trainer *t) {
+    bool last = t->state.step == t->total_steps;
+    if (last || t->state.step % t->recipe->train_log_every == 0) report_interval(t);
+}
+
+static Status train_loop(Trainer *t) {
+    for (;;) {
+        TRY(evaluate_if_due(t));
+        if (stop_requested() || t->state.step >= t->total_steps) return STATUS_OK;
+        TRY(save_if_due(t));
+        TRY(train_step(t));
+        report_if_due(t);
+        TRY(save_collect(t, false));
+    }
+}
+
+static Status stopped(Trainer *t) {
+    FAIL(STATUS_PREEMPTED,
+         "stopped by %s at step %" PRId64 " of %" PRId64 "; the same command continues",
+         stop_signal_name(), t->state.step, t->total_steps);
+}
+
+static Status train(Trainer *t) {
+    TRY(resume_choose(t));
+    if (t->resume_step > 0) t->saved_step = t->resume_step;
+    if (run_is_finished(t)) {
+        log_info("step %" PRId64 " of %" PRId64 " is already reached and exported in %s; raise "
+                 "train.steps or train.tokens to go on",
+                 t->resume_step, t->total_steps, t->dir.path);
+        return STATUS_OK;
+    }
+    TRY(trainer_open(t));
+    TRY(train_loop(t));
+    TRY(save_finally(t));
+    if (stop_requested()) return stopped(t);
+    return finish_run(t);
+}
+
+// How the attempt ended, for schedulers. The failure itself is what the caller reports.
+static void record_end(Trainer *t, Status code) {
+    const char *state = code == STATUS_OK          ? "done"
+                        : code == STATUS_PREEMPTED ? "preempted"
+                                                   : "failed";
+    StatusRecord record;
+    status_take(&record);
+    int64_t step = t->saved_step > 0 ? t->saved_step : 0;
+    if (rundir_status(&t->dir, state, step, code, code == STATUS_OK ? "" : record.message) !=
+        STATUS_OK) {
+        log_warn("run_status.json could not be written: %s", status_message());
+        status_clear();
+    }
+    if (code != STATUS_OK) status_put(&record);
+}
+
+Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
+    char name[RECIPE_TEXT_MAX];
+    Trainer *t = calloc(1, sizeof *t);
+    if (!t) FAIL(STATUS_INTERNAL, "out of memory for the run");
+    Status status = STATUS_OK;
+    t->recipe = recipe;
+    t->options = options;
+    t->backend = backend;
+    t->saved_step = t->saving_step = -1;
+    t->total_steps = recipe_steps(recipe);
+    TRY_GOTO(recipe_run_name(recipe, name, sizeof name), done);
+    TRY_GOTO(recipe_print(recipe, &t->recipe_text), done);
+    TRY_GOTO(rundir_open(&t->dir, recipe->run_directory, name), done);
+    stop_signal_install();
+    status = io_path(t->checkpoints, "%s/checkpoints", t->dir.path);
+    if (status == STATUS_OK) status = train(t);
+    record_end(t, status);
+    trainer_close(t);
+    stop_signal_restore();
+    rundir_close(&t->dir);
+    free(t);
+    return status;
+done:
+    free(t->recipe_text);
+    free(t);
+    return status;
+}
+
+Status run_training(const Recipe *recipe, const RunOptions *options) {
+    Backend *backend;
+    TRY(prepare_check_inputs(recipe));
+    TRY(prepare_backend(recipe, &backend));
+    Status status = run_training_on(backend, recipe, options);
+    backend_destroy(backend);
+    return status;
+}

@@ -1,0 +1,143 @@
+// Evaluation on the held-out shards, and what is left to do after the last step.
+#include "train/trainer.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+#include "base/log.h"
+#include "model/hf.h"
+#include "train/stop_signal.h"
+
+enum { RESULT_MAX_BYTES = 1 << 20 };
+
+// --- Evaluation ----------------------------------------------------------------------------------
+
+static const char *due_evaluation(const Trainer *t) {
+    int64_t step = t->state.step, every = t->recipe->train_eval_every;
+    if (!t->valid || t->state.eval_step >= step) return NULL;
+    if (step == 0) return "start";
+    if (step == t->total_steps) return "end";
+    return every > 0 && step % every == 0 ? "valid" : NULL;
+}
+
+// The same windows in the same order each time. *done = false when a request to stop came between.
+static Status run_pass(Trainer *t, bool *done) {
+    MicroBatch batch;
+    bool more;
+    *done = false;
+    TRY(model_reset_sums(t->model));
+    fixed_pass_rewind(t->valid);
+    for (;;) {
+        if (stop_requested()) return STATUS_OK;
+        TRY(fixed_pass_next(t->valid, &batch, &more));
+        if (!more) break;
+        TRY(model_forward(t->model, &batch));
+    }
+    *done = true;
+    return model_read_sums(t->model, &t->sums);
+}
+
+Status evaluate_if_due(Trainer *t) {
+    const char *name = due_evaluation(t);
+    bool done;
+    if (!name) return STATUS_OK;
+    TRY(run_pass(t, &done));
+    if (!done) return STATUS_OK;
+    if (t->sums.loss_count == 0)
+        FAIL(STATUS_BAD_DATA, "data.valid = %s: the evaluation has no targets",
+             t->recipe->data_valid);
+    double loss = t->sums.loss_sum / t->sums.loss_count;
+    report_eval(t->report, t->state.step, name, loss, t->sums.loss_count);
+    t->state.eval_step = t->state.step;
+    t->state.last_loss = isfinite(loss) ? loss : NAN;
+    if (t->state.step == 0) t->state.start_loss = t->state.last_loss;
+    t->unsaved |= t->state.step > 0;
+    return STATUS_OK;
+}
+
+// --- Export --------------------------------------------------------------------------------------
+
+static void show_export(void *context, uint64_t done, uint64_t total) {
+    (void)context;
+    log_transient("export %3.0f %%", total ? 100.0 * (double)done / (double)total : 100.0);
+}
+
+static Status export_model(Trainer *t, const char *path) {
+    const Recipe *r = t->recipe;
+    TensorSource *source;
+    HfWriteOptions options = {.dtype = r->export_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16,
+                              .max_shard_bytes = (uint64_t)r->export_max_shard_bytes,
+                              .copy_from = r->model_source[0] ? r->model_source : NULL,
+                              .progress = show_export};
+    TRY(model_source(t->model, &source));
+    Status status = hf_write(path, source, &options);
+    log_transient("%s", "");
+    source_close(source);
+    TRY(status);
+    return STATUS_OK;
+}
+
+// --- The result ----------------------------------------------------------------------------------
+
+static json_t *perplexity(double loss) {
+    return isfinite(loss) ? json_real(exp(loss)) : json_null();
+}
+
+static Status write_result(const Trainer *t, const char *export_path) {
+    char path[IO_PATH_MAX];
+    TRY(io_path(path, "%s/" RESULT_NAME, t->dir.path));
+    json_t *root = json_pack(
+        "{s:I, s:I, s:I, s:o, s:o, s:s, s:s}", "step", (json_int_t)t->state.step, "tokens",
+        (json_int_t)t->state.tokens, "skipped", (json_int_t)t->state.skip.skipped,
+        "perplexity_start", perplexity(t->state.start_loss), "perplexity_end",
+        perplexity(t->state.last_loss), "checkpoint", t->checkpoints, "export", export_path);
+    if (!root) FAIL(STATUS_INTERNAL, "%s: out of memory", path);
+    Status status = json_write_file(path, root);
+    json_decref(root);
+    return status;
+}
+
+bool run_is_finished(const Trainer *t) {
+    char path[IO_PATH_MAX], export_path[IO_PATH_MAX];
+    json_t *root;
+    int64_t step = -1;
+    if (t->resume_step < t->total_steps) return false;
+    // More steps than this recipe asks for: whatever is there belongs to a longer run.
+    if (t->resume_step > t->total_steps) return true;
+    Status status = io_path(path, "%s/" RESULT_NAME, t->dir.path);
+    if (status == STATUS_OK) status = json_read_file(path, RESULT_MAX_BYTES, &root);
+    if (status == STATUS_OK) {
+        status = json_get_int(root, path, "step", 0, INT64_MAX, &step);
+        if (status == STATUS_OK)
+            status = json_get_text(root, path, "export", export_path, sizeof export_path);
+        json_decref(root);
+    }
+    if (status != STATUS_OK) {
+        status_clear();
+        return false;
+    }
+    bool export_there = !t->recipe->export_hf || (export_path[0] && io_is_directory(export_path));
+    return step == t->resume_step && export_there;
+}
+
+static void say_where_everything_is(const Trainer *t, const char *export_path) {
+    char quality[96] = "";
+    if (isfinite(t->state.start_loss) && isfinite(t->state.last_loss))
+        snprintf(quality, sizeof quality, ", held-out perplexity %.4g -> %.4g",
+                 exp(t->state.start_loss), exp(t->state.last_loss));
+    log_info("done: %" PRId64 " steps, %" PRId64 " tokens%s; model: %s; run: %s (log.jsonl, "
+             "checkpoints/, recipe.resolved.ini)",
+             t->state.step, t->state.tokens, quality,
+             export_path[0] ? export_path : "newest checkpoint", t->dir.path);
+}
+
+Status finish_run(Trainer *t) {
+    char export_path[IO_PATH_MAX] = "";
+    if (t->recipe->export_hf) {
+        TRY(io_path(export_path, "%s/export", t->dir.path));
+        TRY(export_model(t, export_path));
+    }
+    TRY(write_result(t, export_path));
+    say_where_everything_is(t, export_path);
+    return STATUS_OK;
+}

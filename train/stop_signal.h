@@ -1,0 +1,13 @@
+// Requests to stop: SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask the run to finish its step,
+// save and exit with STATUS_PREEMPTED. A second one ends the process at once.
+#ifndef TRAIN_STOP_SIGNAL_H
+#define TRAIN_STOP_SIGNAL_H
+
+#include <stdbool.h>
+
+void stop_signal_install(void); // forgets earlier requests
+void stop_signal_restore(void); // back to the handlers before
+bool stop_requested(void);
+const char *stop_signal_name(void); // "SIGTERM", ...; "" when none came
+
+#endif

@@ -1,0 +1,101 @@
+// The parts of a run while it lives, shared by the files that make it up:
+//   run.c          from the lock to the exit code
+//   run_resume.c   which checkpoint to continue, and whether it may be continued
+//   run_setup.c    opens model, data, optimizer, writer and report
+//   run_step.c     one optimizer step
+//   run_save.c     checkpoints in the background and what their failures mean
+//   run_finish.c   evaluation, export, the last line
+#ifndef TRAIN_TRAINER_H
+#define TRAIN_TRAINER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "base/file.h"
+#include "base/json.h"
+#include "data/loader.h"
+#include "model/model.h"
+#include "optim/optimizer.h"
+#include "optim/schedule.h"
+#include "train/checkpoint.h"
+#include "train/report.h"
+#include "train/run.h"
+#include "train/run_state.h"
+
+#define RESULT_NAME "result.json" // <run>/result.json: written when everything is done
+
+typedef struct Trainer {
+    const Recipe *recipe;
+    const RunOptions *options;
+    Backend *backend; // not owned
+    RunDir dir;
+    char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
+    char *recipe_text;             // resolved, as written to recipe.resolved.ini
+
+    // What this attempt continues (run_resume.c).
+    int64_t resume_step;           // -1 = starts from the beginning
+    char resume_path[IO_PATH_MAX]; // its checkpoint
+    char origin[RUN_ORIGIN_MAX];   // see RunState
+    json_t *resume_state;
+
+    ModelConfig config;
+    Model *model;
+    Optimizer *optimizer;
+    DataConfig data, valid_data;
+    Loader *loader;
+    FixedPass *valid; // NULL = no held-out shards
+    CheckpointWriter *writer;
+    Report *report;
+    Schedule schedule;
+    int64_t total_steps;
+    RunIdentity identity; // points into this struct
+
+    RunState state;
+    ModelSums sums;                         // of the latest step or evaluation
+    bool unsaved;                           // state has moved since the latest save began
+    int64_t saved_step;                     // newest step with a complete checkpoint; -1 = none
+    int64_t saving_step;                    // of the save in flight; -1 = none
+    int failed_saves;                       // in a row
+    StatusRecord save_failure;              // the newest
+    double interval_seconds, interval_wait; // this attempt's part of the interval
+    int64_t interval_steps;                 // steps in it, skipped ones included
+    double learning_rate;                   // of the latest step
+} Trainer;
+
+// run_resume.c
+Status resume_choose(Trainer *t) NODISCARD;
+Status resume_check_recipe(const Trainer *t) NODISCARD; // before anything is opened
+Status resume_check_config(const Trainer *t) NODISCARD; // once the recipe's model is known
+Status resume_check_data(const Trainer *t) NODISCARD;   // once the data is open
+// --resume never: what the earlier course of the run has left is moved aside, nothing is deleted.
+Status resume_start_anew(const Trainer *t) NODISCARD;
+// --resume DIR: the run's checkpoints that DIR does not lead to are moved aside.
+Status resume_set_aside(const Trainer *t) NODISCARD;
+
+// run_setup.c
+Status trainer_open(Trainer *t) NODISCARD;
+void trainer_close(Trainer *t);
+
+// run_step.c
+Status train_step(Trainer *t) NODISCARD;
+void report_interval(Trainer *t);
+
+// run_save.c
+// Starts a save of the present state; collects the one before first.
+Status save_begin(Trainer *t) NODISCARD;
+// Collects a save that has ended; with `wait`, also one that has not. Fails only when too many
+// saves in a row have failed.
+Status save_collect(Trainer *t, bool wait) NODISCARD;
+// Saves what is unsaved, waits, and fails when it could not be saved.
+Status save_finally(Trainer *t) NODISCARD;
+
+// run_finish.c
+// The evaluation that the present step asks for, if any: "start" before the first step, "end" after
+// the last, "valid" every train.eval_every steps. A request to stop leaves it undone; the attempt
+// that continues does it first.
+Status evaluate_if_due(Trainer *t) NODISCARD;
+// Export, result.json and the last line.
+Status finish_run(Trainer *t) NODISCARD;
+// True when an earlier attempt has already done everything that this recipe asks for.
+bool run_is_finished(const Trainer *t);
+
+#endif
