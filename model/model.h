@@ -66,14 +66,17 @@ typedef struct Model {
     TensorTable table;
     ModelOptions options;
     void *params;  // working copy (tensor_table_copy_bytes)
-    float *master; // fp32 arena AdamW updates; the same memory as params on an fp32 backend
+    float *master; // fp32 arena AdamW updates; the same memory as params on an fp32 backend; NULL
+                   // on other backends when not training
     void *grads;   // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
                    // NULL when not training
     struct Activations *activations; // model/activations.h
 } Model;
 
-// Adds the model's items ("parameters", "gradients", "activations", "workspace", ...) to `plan`
-// without allocating anything.
+// Adds exactly what model_create allocates, without allocating it: "parameters", "master weights"
+// (where the working copy is not fp32), "gradients", "activations" (kept for backward),
+// "activation buffers" (shared by layers), "workspace". The workspace covers the optimizer's ops
+// and row_similarity, too.
 Status model_plan(Backend *backend, const ModelConfig *config, const ModelOptions *options,
                   MemoryPlan *plan) NODISCARD;
 Status model_create(Backend *backend, const ModelConfig *config, const ModelOptions *options,
@@ -84,11 +87,15 @@ Status model_load(Model *model, TensorSource *source) NODISCARD; // configs must
 // Normal(0, stddev) for matrices, router included; 1 for norms; 0 for biases. A pure function of
 // seed and tensor name.
 Status model_init_random(Model *model, uint64_t seed, float stddev) NODISCARD;
-// The model's weights as a source (master precision). Valid while the model lives.
+// The model's weights as a source (master precision where there is a master). Valid while the model
+// lives.
 Status model_source(Model *model, TensorSource **out) NODISCARD;
 
 Status model_zero_gradients(Model *model) NODISCARD;
-// Forward only; adds to the sums.
+// A micro-batch holds up to micro_batch sequences of up to sequence_length tokens, or one sequence
+// of up to micro_batch * sequence_length.
+//
+// Forward only; adds to the sums. Without targets (NULL) the LM head and the loss are left out.
 Status model_forward(Model *model, const MicroBatch *batch) NODISCARD;
 // Forward and backward of loss = CE + α·LB + ζ·Z; adds to the sums and the gradients.
 Status model_forward_backward(Model *model, const MicroBatch *batch,
@@ -96,8 +103,9 @@ Status model_forward_backward(Model *model, const MicroBatch *batch,
 // Logits (tokens, V) in fp32 on the host for one sequence; tokens <= B*S.
 Status model_logits(Model *model, const int32_t *ids, int64_t tokens, float *logits) NODISCARD;
 
-// f_i (share of assignments) per layer and expert for balance = global, and the selection bias
-// b_i of aux-loss-free balancing; host arrays of (num_layers, stride). Bias NULL = off.
+// f_i (share of assignments) per layer and expert for balance = global (zero, i.e. no balance
+// gradient, until set), and the selection bias b_i of aux-loss-free balancing (off until set; NULL
+// turns it off); host arrays of (num_layers, stride).
 int model_sums_stride(const Model *model);
 Status model_set_load(Model *model, const float *load) NODISCARD;
 Status model_set_selection_bias(Model *model, const float *bias) NODISCARD;

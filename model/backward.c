@@ -1,0 +1,82 @@
+// Backward: the same walk in reverse, over what the forward pass kept or can make again.
+//
+// d_stream is the gradient of the residual stream at the point reached so far. A branch's gradient
+// is the stream's own, so each half of a layer sends d_stream back through its branch into
+// d_normed, and the norm's backward adds the result to d_stream (op_args.c).
+#include "model/forward.h"
+
+// With `norms` recomputed, the normed rows are made again right before they are read. The stream
+// holds the sum already, so this is the forward op without its addition.
+static Status norm_again(const Pass *p, RmsNormArgs args) {
+    const Recompute *recompute = &p->model->options.recompute;
+    if (!recompute->norms || recompute->layer) return STATUS_OK;
+    args.x = args.x_out;
+    args.y = NULL;
+    TRY(p->model->backend->ops->rmsnorm_forward(p->model->backend, &args));
+    return STATUS_OK;
+}
+
+static Status backward_mlp(const Pass *p, int layer) {
+    Backend *backend = p->model->backend;
+    const BackendOps *ops = backend->ops;
+    RmsNormArgs norm = args_middle_norm(p, layer);
+    TRY(norm_again(p, norm));
+    if (config_layer_is_moe(&p->model->config, layer)) {
+        MoeFfnArgs moe = args_moe_ffn(p, layer);
+        RouteArgs route = args_route(p, layer);
+        TRY(ops->moe_ffn_backward(backend, &moe));
+        TRY(ops->route_backward(backend, &route));
+    } else {
+        FfnArgs ffn = args_ffn(p, layer);
+        TRY(ops->ffn_backward(backend, &ffn));
+    }
+    TRY(ops->rmsnorm_backward(backend, &norm));
+    return STATUS_OK;
+}
+
+static Status backward_attention(const Pass *p, int layer) {
+    Backend *backend = p->model->backend;
+    const BackendOps *ops = backend->ops;
+    RmsNormArgs norm = args_input_norm(p, layer);
+    LinearArgs qkv = args_qkv(p, layer), output = args_attention_output(p, layer);
+    RopeArgs rope = args_rope(p, layer);
+    AttentionArgs attention = args_attention(p, layer);
+    TRY(ops->linear_backward(backend, &output));
+    TRY(ops->attention_backward(backend, &attention));
+    TRY(ops->rope_backward(backend, &rope));
+    TRY(norm_again(p, norm));
+    TRY(ops->linear_backward(backend, &qkv));
+    TRY(ops->rmsnorm_backward(backend, &norm));
+    return STATUS_OK;
+}
+
+static Status backward_layers(const Pass *p) {
+    Model *model = p->model;
+    Backend *backend = model->backend;
+    const Activations *a = model->activations;
+    RmsNormArgs output = args_output_norm(p);
+    size_t row_bytes = (size_t)model->config.hidden_size * dtype_bytes(backend->compute_dtype);
+    TRY(backend->ops->zero(backend, a->d_stream, (size_t)p->tokens * row_bytes));
+    TRY(backend->ops->rmsnorm_backward(backend, &output));
+    int last = model->config.num_layers - 1;
+    for (int layer = last; layer >= 0; layer--) {
+        // The last layer's buffers still hold what the forward pass left there.
+        if (model->options.recompute.layer && layer < last) TRY(forward_layer_again(p, layer));
+        TRY(backward_mlp(p, layer));
+        TRY(backward_attention(p, layer));
+    }
+    EmbedArgs embed = args_embed(p);
+    TRY(backend->ops->embed_backward(backend, &embed));
+    return STATUS_OK;
+}
+
+Status model_forward_backward(Model *model, const MicroBatch *batch, const LossWeights *weights) {
+    INVARIANT(model->options.training && batch->targets != NULL);
+    Pass p;
+    TRY(forward_begin(model, batch, weights, &p));
+    TRY(forward_layers(&p));
+    LinearCrossEntropyArgs loss = args_loss(&p);
+    TRY(model->backend->ops->linear_cross_entropy(model->backend, &loss));
+    TRY(backward_layers(&p));
+    return STATUS_OK;
+}
