@@ -1,0 +1,28 @@
+// shards.json: the list of a directory's shards, written last and therefore the sign that they are
+// complete (docs/formats.md, "shards.json").
+#ifndef DATA_MANIFEST_H
+#define DATA_MANIFEST_H
+
+#include <stdint.h>
+#include "base/hash.h"
+#include "base/status.h"
+#include "data/loader.h"
+
+enum { MANIFEST_NAME_SIZE = 256 };
+
+typedef struct ManifestShard {
+    char name[MANIFEST_NAME_SIZE]; // in the directory; no '/'
+    char hash[HASH_HEX_SIZE];      // XXH3-128 of the whole file
+    uint64_t bytes, tokens, documents;
+} ManifestShard;
+
+typedef struct Manifest {
+    DatasetSummary summary;
+    ManifestShard *shards; // summary.num_shards of them, in stream order
+} Manifest;
+
+// Reads DIRECTORY/shards.json. A missing directory or file is STATUS_MISSING_INPUT.
+Status manifest_read(const char *directory, Manifest *out) NODISCARD;
+void manifest_free(Manifest *manifest);
+
+#endif
