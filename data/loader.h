@@ -1,9 +1,14 @@
 // From shards to batches: a deterministic, O(1)-resumable order read ahead by a thread.
 //
-// Sample g (0, 1, 2, ...) of the run is a source, chosen by the deficit rule from the weights, and
-// the next window of that source's permutation for its epoch. Step s takes samples
-// [s·global_batch, (s+1)·global_batch); rank r of W takes those with index = r mod W. The state is
-// (seed, samples consumed per source), the same on every world size.
+// Sample g (0, 1, 2, ...) of the run is a source, chosen by the deficit rule from the weights
+// (data/mixture.h), and the next window of that source's permutation for its epoch (data/order.h).
+// Step s takes the next global_batch samples; rank r of W takes those at r, r+W, r+2W, ... of the
+// step. The state is (seed, samples consumed per source), the same on every world size.
+//
+// A window is sequence_length + 1 consecutive tokens of the source's stream, windows follow each
+// other at a distance of sequence_length. Where rank and micro-batch sizes do not divide the global
+// batch, every rank still makes the same number of micro-batches of the same shape: rows without a
+// sample are filled up with rows whose targets are all -1.
 #ifndef DATA_LOADER_H
 #define DATA_LOADER_H
 
@@ -31,9 +36,10 @@ typedef struct LoaderConfig {
     int rank, world;
     uint64_t seed;
     bool mask_documents;
-    bool skip_bad_shards; // a shard that fails verification is left out (counted), else an error
+    bool skip_bad_shards; // a shard that fails verification at open is left out (counted, warned
+                          // about), else an error. One that fails later always ends the run
     int prefetch_steps;   // how many steps are read ahead (>= 1)
-    int vocab_size;       // ids at or above are refused
+    int vocab_size;       // shards with a larger vocabulary are refused; 0 accepts any
     const char *tokenizer_id; // expected tokenizer_sha256, or "" to accept any
 } LoaderConfig;
 
@@ -56,6 +62,8 @@ typedef struct Loader Loader;
 
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) NODISCARD;
 // resume NULL = from the beginning. Verifies shards (cached), reads structure, starts the thread.
+// Call it before large allocations: verification forks (data/sandbox.h). Texts that the
+// configuration points to are not used after the call.
 Status loader_open(const LoaderConfig *config, const LoaderState *resume, Loader **out) NODISCARD;
 // The next step; valid until the next call. Epochs follow one another for ever.
 Status loader_next(Loader *loader, const StepBatch **out) NODISCARD;
@@ -63,7 +71,9 @@ void loader_close(Loader *loader);
 
 uint64_t loader_tokens(const Loader *loader, int source);  // tokens of a source
 uint64_t loader_samples(const Loader *loader, int source); // windows per epoch
-// Hash over the manifests' semantic parts (file hashes, counts, ids): a checkpoint stores it.
+int loader_skipped_shards(const Loader *loader);           // left out at open, see skip_bad_shards
+// Hash over the tokenizer's identity and the hashes and counts of the shards in use: a checkpoint
+// stores it. Names and places of files are not part of it.
 void loader_fingerprint(const Loader *loader, char hex[HASH_HEX_SIZE]);
 // What the shards say about themselves; all sources must agree.
 int loader_vocab_size(const Loader *loader);
