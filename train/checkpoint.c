@@ -103,6 +103,7 @@ Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) {
                                     .close = close_nothing},
                            .set = &set};
     TRY_GOTO(model_load(model, &source.base), done);
+    if (!optimizer) goto done;
     TRY_GOTO(load_moments(&set, SLICE_M, model->backend, optimizer->m), done);
     TRY_GOTO(load_moments(&set, SLICE_V, model->backend, optimizer->v), done);
 done:

@@ -2,13 +2,10 @@
 #include "train/recipe.h"
 
 #include <string.h>
-#include <unistd.h>
 #include "base/file.h"
+#include "train/installation.h"
 #include "train/recipe_parse.h"
 #include "train/recipe_table.h"
-
-// For programs that run from the build folder.
-static const char source_tree_recipes[] = D2M_SOURCE_DIR "/recipes";
 
 // --- Finding --------------------------------------------------------------------------------
 
@@ -24,33 +21,19 @@ static bool find_in(const char *directory, const char *name, char path[IO_PATH_M
     return false;
 }
 
-// <prefix>/share/dense2moe for a program in <prefix>/bin; "" when it cannot be told.
-static void installed_recipes(char out[IO_PATH_MAX]) {
-    char program[IO_PATH_MAX - 64];
-    ssize_t length = readlink("/proc/self/exe", program, sizeof program - 1);
-    out[0] = '\0';
-    for (int cut = 0; cut < 2 && length > 0; cut++) { // the program's name, then bin
-        program[length] = '\0';
-        char *slash = strrchr(program, '/');
-        length = slash ? slash - program : 0;
-    }
-    if (length <= 0) return;
-    program[length] = '\0';
-    snprintf(out, IO_PATH_MAX, "%s/share/dense2moe", program);
-}
-
 static Status find_recipe(const char *name, char path[IO_PATH_MAX]) {
     if (!name[0]) FAIL(STATUS_USAGE, "the recipe's name is empty");
     if (find_in("", name, path)) return STATUS_OK;
     if (strchr(name, '/'))
         FAIL(STATUS_MISSING_INPUT, "recipe %s: there is no such file (nor with .ini)", name);
-    char installed[IO_PATH_MAX];
-    installed_recipes(installed);
+    char installed[IO_PATH_MAX], source_tree[IO_PATH_MAX];
+    installation_share(installed);
     if (installed[0] && find_in(installed, name, path)) return STATUS_OK;
-    if (find_in(source_tree_recipes, name, path)) return STATUS_OK;
+    TRY(io_path(source_tree, "%s/recipes", installation_source_tree()));
+    if (find_in(source_tree, name, path)) return STATUS_OK;
     FAIL(STATUS_MISSING_INPUT,
          "recipe %s: not found in the current directory, in %s or in %s (nor with .ini)", name,
-         installed, source_tree_recipes);
+         installed, source_tree);
 }
 
 // --- Loading --------------------------------------------------------------------------------

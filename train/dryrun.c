@@ -1,0 +1,286 @@
+// train --dry-run: what the recipe means, before anything is allocated or written.
+//
+// Prints the resolved recipe, the plan, parameters, memory per item against what the machine has,
+// and tokens and steps. Works without data and without weights: config.json is enough. Where the
+// plan is still to be measured, a stand-in with the same shape is used (a budget fixes how many
+// layers go, whichever they are).
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/file.h"
+#include "train/memory.h"
+#include "train/prepare.h"
+
+// --- Figures as text -------------------------------------------------------------------------
+
+enum { COUNT_TEXT_SIZE = 32 };
+
+// "1,234,567"
+static const char *grouped_text(int64_t value, char text[COUNT_TEXT_SIZE]) {
+    char digits[COUNT_TEXT_SIZE];
+    int length = snprintf(digits, sizeof digits, "%" PRId64, value), out = 0;
+    for (int i = 0; i < length; i++) {
+        if (i > 0 && (length - i) % 3 == 0) text[out++] = ',';
+        text[out++] = digits[i];
+    }
+    text[out] = '\0';
+    return text;
+}
+
+// "1.66 B", "19.7 M": parameters and tokens.
+static const char *count_text(int64_t value, char text[COUNT_TEXT_SIZE]) {
+    static const char *const units[] = {"", " K", " M", " B", " T"};
+    double scaled = (double)value;
+    int unit = 0;
+    while (scaled >= 999.5 && unit < 4) scaled /= 1000, unit++;
+    int decimals = unit == 0 || scaled >= 99.95 ? 0 : scaled >= 9.995 ? 1 : 2;
+    snprintf(text, COUNT_TEXT_SIZE, "%.*f%s", decimals, scaled, units[unit]);
+    return text;
+}
+
+// --- The plan and the shape it leads to --------------------------------------------------------
+
+typedef enum PlanOrigin { PLAN_GIVEN, PLAN_OF_RUN, PLAN_TO_MEASURE } PlanOrigin;
+
+// What a dry run works on. Large, so it lives on the heap.
+typedef struct DryRun {
+    const Recipe *recipe;
+    Backend *backend;
+    ModelConfig seed, config; // before and after surgery
+    FusionPlan plan;
+    PlanOrigin origin;
+} DryRun;
+
+// A plan of the shape that the measurement will lead to: all layers look equally alike. The
+// threshold rule may find anything from no block on; none is the largest model.
+static Status stand_in_plan(DryRun *dry) {
+    const Recipe *recipe = dry->recipe;
+    plan_settings(recipe, &dry->seed, &dry->plan);
+    if (recipe->lfuc_select == LFUC_THRESHOLD) return STATUS_OK;
+    TRY(plan_check_budget(recipe, &dry->seed));
+    int left = (int)recipe->lfuc_prune_layers, most = (int)recipe->lfuc_max_block;
+    int layer = (int)recipe->lfuc_protect_first;
+    int free_layers = dry->seed.num_layers - layer - (int)recipe->lfuc_protect_last;
+    while (left > 0) {
+        // Small blocks while the layers suffice, since those are the more likely outcome.
+        int followers = 1;
+        while (followers < most && followers < left &&
+               fusion_most_prunable(free_layers - followers - 1, most) < left - followers)
+            followers++;
+        FusionBlock *block = &dry->plan.blocks[dry->plan.num_blocks++];
+        *block = (FusionBlock){.base = layer, .followers = followers};
+        layer += followers + 1;
+        free_layers -= followers + 1;
+        left -= followers;
+    }
+    return STATUS_OK;
+}
+
+static Status find_shape(DryRun *dry) {
+    const Recipe *recipe = dry->recipe;
+    char name[IO_PATH_MAX], run_path[IO_PATH_MAX];
+    bool found = false;
+    TRY(prepare_seed_config(recipe, &dry->seed));
+    dry->config = dry->seed;
+    if (!recipe->lfuc_enabled) return STATUS_OK;
+    TRY(recipe_run_name(recipe, name, sizeof name));
+    TRY(io_path(run_path, "%s/%s", recipe->run_directory, name));
+    TRY(plan_of_run(recipe, run_path, &dry->seed, &dry->plan, &found));
+    if (found) {
+        dry->origin = PLAN_OF_RUN;
+    } else if (plan_is_given(recipe)) {
+        dry->origin = PLAN_GIVEN;
+        TRY(plan_from_recipe(recipe, &dry->seed, &dry->plan));
+    } else {
+        dry->origin = PLAN_TO_MEASURE;
+        TRY(stand_in_plan(dry));
+    }
+    return fusion_target_config(&dry->plan, &dry->seed, &dry->config);
+}
+
+static Status print_plan(const DryRun *dry) {
+    const Recipe *recipe = dry->recipe;
+    if (!recipe->lfuc_enabled) return STATUS_OK;
+    char *text = NULL;
+    if (dry->origin == PLAN_TO_MEASURE) {
+        printf("\nplan: to be measured on %" PRId64 " sequences",
+               recipe->lfuc_calibration_sequences);
+        if (recipe->lfuc_select == LFUC_THRESHOLD)
+            printf("; figures below are for no block, every block found makes the model smaller\n");
+        else
+            printf("; it will prune %" PRId64 " of %d layers\n", recipe->lfuc_prune_layers,
+                   dry->seed.num_layers);
+        return STATUS_OK;
+    }
+    printf("\nplan (%s)\n", dry->origin == PLAN_GIVEN ? "given by the recipe" : "of this run");
+    TRY(fusion_plan_text(&dry->plan, &dry->seed, &text));
+    printf("%s", text);
+    free(text);
+    return STATUS_OK;
+}
+
+// --- Parameters --------------------------------------------------------------------------------
+
+static Status print_parameter_line(const char *what, const ModelConfig *config) {
+    TensorTable table;
+    char total[COUNT_TEXT_SIZE], active[COUNT_TEXT_SIZE];
+    TRY(tensor_table_build(config, &table));
+    printf("  %-22s %8s total, %8s active per token, %d layers\n", what,
+           count_text(table.parameters, total), count_text(table.active_parameters, active),
+           config->num_layers);
+    tensor_table_free(&table);
+    return STATUS_OK;
+}
+
+static Status print_parameters(const DryRun *dry) {
+    printf("\nparameters\n");
+    if (!dry->recipe->lfuc_enabled) return print_parameter_line("model", &dry->config);
+    TRY(print_parameter_line("dense model", &dry->seed));
+    return print_parameter_line("fused model", &dry->config);
+}
+
+// --- Memory ------------------------------------------------------------------------------------
+
+static void print_memory_plan(const MemoryPlan *plan) {
+    char text[BYTES_TEXT_SIZE];
+    for (int i = 0; i < plan->count; i++)
+        printf("  %-22s %9s\n", plan->items[i].name, bytes_text(plan->items[i].bytes, text));
+    printf("  %-22s %9s\n", "total", bytes_text(memory_plan_total(plan), text));
+}
+
+// Memory of a changed recipe; 0 when the change is not possible.
+static uint64_t memory_of_variant(const DryRun *dry, const Recipe *variant) {
+    MemoryPlan plan;
+    DryRun *other = malloc(sizeof *other);
+    uint64_t bytes = 0;
+    if (!other) return 0;
+    *other = *dry;
+    other->recipe = variant;
+    if (recipe_check(variant) == STATUS_OK && find_shape(other) == STATUS_OK &&
+        run_memory_plan(variant, dry->backend, &other->config, &plan) == STATUS_OK)
+        bytes = memory_plan_total(&plan);
+    else
+        status_clear();
+    free(other);
+    return bytes;
+}
+
+static bool print_if_fits(const DryRun *dry, const Recipe *variant, const char *change,
+                          uint64_t machine) {
+    char text[BYTES_TEXT_SIZE];
+    uint64_t bytes = memory_of_variant(dry, variant);
+    if (bytes == 0 || bytes > machine) return false;
+    printf("  with %s: %s\n", change, bytes_text(bytes, text));
+    return true;
+}
+
+// Tries what a user can change, from what costs least to what changes the model.
+static void print_what_fits(const DryRun *dry, uint64_t machine) {
+    Recipe variant = *dry->recipe;
+    char change[160];
+    variant.train_micro_batch = 1;
+    if (print_if_fits(dry, &variant, "train.micro_batch = 1", machine)) return;
+    snprintf(variant.train_recompute, sizeof variant.train_recompute, "layer");
+    if (print_if_fits(dry, &variant, "train.micro_batch = 1, train.recompute = layer", machine))
+        return;
+    if (dry->recipe->lfuc_enabled && !dry->recipe->lfuc_plan[0]) {
+        variant.lfuc_follower_copies = 1;
+        for (variant.lfuc_num_experts--; variant.lfuc_num_experts >= 2;
+             variant.lfuc_num_experts--) {
+            snprintf(change, sizeof change,
+                     "train.micro_batch = 1, train.recompute = layer, lfuc.num_experts = %" PRId64
+                     ", lfuc.follower_copies = 1",
+                     variant.lfuc_num_experts);
+            if (print_if_fits(dry, &variant, change, machine)) return;
+        }
+    }
+    printf("  no change of micro_batch, recompute or num_experts makes it fit\n");
+}
+
+static Status print_memory(const DryRun *dry) {
+    const Recipe *recipe = dry->recipe;
+    char text[BYTES_TEXT_SIZE], limit[BYTES_TEXT_SIZE];
+    MemoryPlan training, calibration = {0};
+    TRY(run_memory_plan(recipe, dry->backend, &dry->config, &training));
+    printf("\nmemory of training (%s)\n", dry->backend->name);
+    print_memory_plan(&training);
+    printf("  training state (parameters, gradients, AdamW moments): %s\n",
+           bytes_text(memory_training_state(&training), text));
+    if (recipe->lfuc_enabled && dry->origin == PLAN_TO_MEASURE) {
+        TRY(calibration_memory_plan(recipe, dry->backend, &dry->seed, &calibration));
+        printf("\nmemory of the calibration, given back before training\n");
+        print_memory_plan(&calibration);
+    }
+    uint64_t need = memory_plan_total(&training), machine = memory_of_machine();
+    if (memory_plan_total(&calibration) > need) need = memory_plan_total(&calibration);
+    bool fits = need <= machine;
+    printf("\n%s: %s needed, this machine has %s\n", fits ? "fits" : "DOES NOT FIT",
+           bytes_text(need, text), bytes_text(machine, limit));
+    if (!fits) print_what_fits(dry, machine);
+    return STATUS_OK;
+}
+
+// --- Tokens and steps ----------------------------------------------------------------------------
+
+static Status print_data(const DryRun *dry, int64_t run_tokens) {
+    DataConfig data;
+    TRY(prepare_train_data(dry->recipe, &dry->config, &data));
+    double weights = 0;
+    for (int i = 0; i < data.loader.num_sources; i++) weights += data.loader.sources[i].weight;
+    for (int i = 0; i < data.loader.num_sources; i++) {
+        const LoaderSource *source = &data.loader.sources[i];
+        double share = source->weight / weights;
+        DatasetSummary summary;
+        char tokens[COUNT_TEXT_SIZE];
+        if (dataset_summary(source->directory, &summary) != STATUS_OK) {
+            printf("  %s: %.3g %% of the tokens; no shards to read yet\n", source->directory,
+                   100 * share);
+            status_clear();
+            continue;
+        }
+        printf("  %s: %.3g %% of the tokens; %s tokens there, %.3g epochs\n", source->directory,
+               100 * share, count_text((int64_t)summary.tokens, tokens),
+               share * (double)run_tokens / (double)summary.tokens);
+    }
+    return STATUS_OK;
+}
+
+static Status print_training(const DryRun *dry) {
+    const Recipe *recipe = dry->recipe;
+    int64_t steps = recipe_steps(recipe), per_step = recipe_tokens_per_step(recipe);
+    char text[COUNT_TEXT_SIZE], total[COUNT_TEXT_SIZE];
+    int64_t run_tokens;
+    if (__builtin_mul_overflow(steps, per_step, &run_tokens)) run_tokens = INT64_MAX;
+    printf("\ntraining\n");
+    printf("  tokens per step  %s (%" PRId64 " sequences of %" PRId64 ")\n",
+           grouped_text(per_step, text), recipe->train_global_batch, recipe->data_sequence_length);
+    printf("  steps            %s, of which %" PRId64 " warm-up\n", grouped_text(steps, text),
+           recipe_warmup_steps(recipe));
+    printf("  tokens           %s (%s)\n", count_text(run_tokens, total),
+           grouped_text(run_tokens, text));
+    return print_data(dry, run_tokens);
+}
+
+static Status print_all(DryRun *dry) {
+    char *text = NULL;
+    TRY(prepare_backend(dry->recipe, &dry->backend));
+    TRY(find_shape(dry));
+    TRY(recipe_print(dry->recipe, &text));
+    printf("# %s\n%s", dry->recipe->path, text);
+    free(text);
+    TRY(print_plan(dry));
+    TRY(print_parameters(dry));
+    TRY(print_memory(dry));
+    return print_training(dry);
+}
+
+Status dry_run(const Recipe *recipe) {
+    DryRun *dry = calloc(1, sizeof *dry);
+    if (!dry) FAIL(STATUS_INTERNAL, "no memory for a dry run");
+    dry->recipe = recipe;
+    Status status = print_all(dry);
+    backend_destroy(dry->backend);
+    free(dry);
+    return status;
+}
