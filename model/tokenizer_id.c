@@ -1,0 +1,51 @@
+// Which tokenizer a directory holds, as a SHA-256 (docs/formats.md, "Tokenizer identity").
+// scripts/prepare_data.py computes the same.
+#include "model/hf.h"
+
+#include <string.h>
+#include "base/file.h"
+#include "base/json.h"
+#include "base/sha256.h"
+
+enum { MAX_MARKER_BYTES = 4096 };
+_Static_assert((int)TOKENIZER_ID_SIZE == (int)SHA256_HEX_SIZE, "an identity is a SHA-256");
+
+// The bytes tokenizer has no vocabulary file; a marker names it.
+static Status bytes_identity(const char *path, Sha256 *sha) {
+    static const char identity[] = "dense2moe-bytes-v1";
+    json_t *root;
+    char type[32];
+    TRY(json_read_file(path, MAX_MARKER_BYTES, &root));
+    Status status = json_get_text(root, path, "type", type, sizeof type);
+    size_t keys = json_object_size(root);
+    json_decref(root);
+    TRY(status);
+    if (strcmp(type, "bytes") != 0 || keys != 1)
+        FAIL(STATUS_BAD_DATA, "%s: expected {\"type\": \"bytes\"}, found type \"%s\" of %zu keys",
+             path, type, keys);
+    sha256_update(sha, identity, sizeof identity - 1);
+    return STATUS_OK;
+}
+
+Status hf_tokenizer_id(const char *directory, char out[TOKENIZER_ID_SIZE]) {
+    char marker[IO_PATH_MAX], single[IO_PATH_MAX], vocab[IO_PATH_MAX], merges[IO_PATH_MAX];
+    TRY(io_path(marker, "%s/dense2moe_tokenizer.json", directory));
+    TRY(io_path(single, "%s/tokenizer.json", directory));
+    TRY(io_path(vocab, "%s/vocab.json", directory));
+    TRY(io_path(merges, "%s/merges.txt", directory));
+    Sha256 sha;
+    sha256_begin(&sha);
+    out[0] = '\0';
+    if (io_exists(marker)) {
+        TRY(bytes_identity(marker, &sha));
+    } else if (io_exists(single)) {
+        TRY(sha256_update_file(&sha, single));
+    } else if (io_exists(vocab) && io_exists(merges)) {
+        TRY(sha256_update_file(&sha, vocab));
+        TRY(sha256_update_file(&sha, merges));
+    } else {
+        return STATUS_OK;
+    }
+    sha256_hex(&sha, out);
+    return STATUS_OK;
+}

@@ -1,0 +1,626 @@
+// Model directories: round trips of every family through one file and through shards, what an
+// export holds and what it refuses, and every way in which a directory can be wrong.
+#include "tests/test.h"
+
+#include <fcntl.h>
+#include "base/hash.h"
+#include "base/json.h"
+#include "model/hf.h"
+#include "model/safetensors.h"
+#include "tests/synthetic.h"
+
+// A path in the test's directory; valid for the next three calls. Tests that hold one for longer
+// take a copy with KEEP.
+static const char *in_directory(const char *format, const char *name) {
+    static char paths[4][IO_PATH_MAX];
+    static int next;
+    char *path = paths[next++ % 4], tail[1024];
+    snprintf(tail, sizeof tail, format, name);
+    ck_assert_ok(io_path(path, "%s/%s", test_directory(), tail));
+    return path;
+}
+
+#define KEEP(variable, path)                                                                       \
+    char variable[IO_PATH_MAX];                                                                    \
+    snprintf(variable, sizeof variable, "%s", path)
+
+static HfWriteOptions bf16(void) {
+    return (HfWriteOptions){.dtype = DTYPE_BF16};
+}
+
+static void export_model(const char *directory, const ModelConfig *config,
+                         const HfWriteOptions *options) {
+    TensorSource *source = synthetic_source(config);
+    ck_assert_ok(hf_write(directory, source, options));
+    source_close(source);
+}
+
+static void check_same_config(const ModelConfig *a, const ModelConfig *b) {
+    json_t *x, *y;
+    ck_assert_ok(config_to_canonical(a, &x));
+    ck_assert_ok(config_to_canonical(b, &y));
+    ck_assert(json_equal(x, y));
+    json_decref(x);
+    json_decref(y);
+}
+
+// Every tensor holds the synthetic values, read whole and from the middle.
+static void check_values(TensorSource *source) {
+    for (int i = 0; i < source->table->count; i++) {
+        const Tensor *tensor = &source->table->tensors[i];
+        float *values = malloc((size_t)tensor->count * sizeof *values);
+        ck_assert_ok(source->read(source, tensor, 0, tensor->count, values));
+        for (int64_t k = 0; k < tensor->count; k++)
+            ck_assert_float_eq(values[k], synthetic_value(tensor->name, k));
+        int64_t middle = tensor->count / 3;
+        ck_assert_ok(source->read(source, tensor, middle, 5, values));
+        for (int64_t k = 0; k < 5; k++)
+            ck_assert_float_eq(values[k], synthetic_value(tensor->name, middle + k));
+        free(values);
+    }
+}
+
+static void check_round_trip(const char *name, const ModelConfig *config,
+                             const HfWriteOptions *options) {
+    KEEP(directory, in_directory("%s", name));
+    export_model(directory, config, options);
+    TensorSource *source;
+    ck_assert_ok(hf_open(directory, &source));
+    ck_assert_int_eq(source->dtype, options->dtype);
+    check_same_config(source->config, config);
+    check_values(source);
+    source_close(source);
+    ck_assert(!io_exists(in_directory("%s.tmp", name)));
+}
+
+START_TEST(round_trips) {
+    const ModelConfig configs[] = {
+        synthetic_qwen2(),
+        synthetic_llama(),
+        synthetic_qwen3(),
+        synthetic_moe(synthetic_qwen2(), 5, 1, GATE_SOFTMAX),
+        synthetic_moe(synthetic_qwen3(), 4, 2, GATE_RENORM),
+    };
+    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++) {
+        for (DType dtype = DTYPE_F32; dtype <= DTYPE_F16; dtype++) {
+            HfWriteOptions options = {.dtype = dtype};
+            check_round_trip("one_file", &configs[i], &options);
+            options.max_shard_bytes = 6000;
+            check_round_trip("shards", &configs[i], &options);
+        }
+    }
+}
+END_TEST
+
+START_TEST(shards_keep_the_limit) {
+    ModelConfig config = synthetic_qwen2(); // largest tensor 50 * 24 * 2 = 2400 bytes
+    HfWriteOptions options = bf16();
+    options.max_shard_bytes = 2500;
+    KEEP(directory, in_directory("%s", "limit"));
+    export_model(directory, &config, &options);
+    ck_assert(!io_exists(in_directory("limit/%s", "model.safetensors")));
+
+    json_t *index, *metadata;
+    KEEP(path, in_directory("limit/%s", "model.safetensors.index.json"));
+    int64_t total, sum = 0;
+    ck_assert_ok(json_read_file(path, 1 << 20, &index));
+    ck_assert_ok(json_get_object(index, path, "metadata", &metadata));
+    ck_assert_ok(json_get_int(metadata, path, "total_size", 1, 1 << 30, &total));
+    json_decref(index);
+
+    char **names;
+    size_t count, files = 0;
+    ck_assert_ok(io_list_directory(directory, &names, &count));
+    for (size_t i = 0; i < count; i++) {
+        if (!strstr(names[i], ".safetensors") || strstr(names[i], ".json")) continue;
+        SafetensorsFile file;
+        ck_assert_ok(safetensors_open(in_directory("limit/%s", names[i]), &file));
+        uint64_t bytes = 0;
+        for (size_t k = 0; k < file.header.count; k++)
+            bytes += file.header.entries[k].end - file.header.entries[k].begin;
+        ck_assert_uint_le(bytes, 2500);
+        sum += (int64_t)bytes;
+        files++;
+        safetensors_close(&file);
+    }
+    io_free_names(names, count);
+    ck_assert_uint_ge(files, 2);
+    ck_assert_int_eq(sum, total);
+}
+END_TEST
+
+START_TEST(moe_directories_suit_vllm) {
+    ModelConfig config = synthetic_moe(synthetic_qwen2(), 3, 1, GATE_SOFTMAX);
+    HfWriteOptions options = bf16();
+    export_model(in_directory("%s", "moe"), &config, &options);
+    SafetensorsFile file;
+    ck_assert_ok(safetensors_open(in_directory("%s", "moe/model.safetensors"), &file));
+    for (size_t i = 0; i < file.header.count; i++) {
+        ck_assert_uint_gt(file.header.entries[i].count, 0); // no zero-size tensors
+        ck_assert_ptr_null(strstr(file.header.entries[i].name, "shared_expert."));
+    }
+    for (int l = 0; l < 3; l++) {
+        char name[TENSOR_NAME_MAX];
+        snprintf(name, sizeof name, "model.layers.%d.mlp.shared_expert_gate.weight", l);
+        const SafetensorsEntry *gate = safetensors_find(&file, name);
+        ck_assert_int_eq(gate != NULL, config_layer_is_moe(&config, l));
+        if (!gate) continue;
+        float values[24];
+        ck_assert_uint_eq(gate->shape[0], 1);
+        ck_assert_uint_eq(gate->shape[1], 24);
+        ck_assert_ok(safetensors_read(&file, gate, 0, 24, values));
+        for (int k = 0; k < 24; k++) ck_assert_float_eq(values[k], 0);
+    }
+    safetensors_close(&file);
+}
+END_TEST
+
+START_TEST(gate_scale_goes_into_down_proj) {
+    ModelConfig config = synthetic_moe(synthetic_qwen2(), 4, 1, GATE_SOFTMAX);
+    config.router.gate_scale = 4;
+    HfWriteOptions options = bf16();
+    KEEP(directory, in_directory("%s", "scaled"));
+    export_model(directory, &config, &options);
+    TensorSource *source;
+    ck_assert_ok(hf_open(directory, &source));
+    ck_assert_float_eq(source->config->router.gate_scale, 1);
+    for (int i = 0; i < source->table->count; i++) {
+        const Tensor *tensor = &source->table->tensors[i];
+        float value,
+            scale = strstr(tensor->name, "experts.") && strstr(tensor->name, "down") ? 4 : 1;
+        ck_assert_ok(source->read(source, tensor, 7, 1, &value));
+        ck_assert_float_eq(value, scale * synthetic_value(tensor->name, 7));
+    }
+    source_close(source);
+}
+END_TEST
+
+START_TEST(equal_sources_give_equal_files) {
+    ModelConfig config = synthetic_moe(synthetic_qwen2(), 4, 2, GATE_RENORM);
+    HfWriteOptions options = bf16();
+    options.max_shard_bytes = 9000;
+    export_model(in_directory("%s", "first"), &config, &options);
+    export_model(in_directory("%s", "second"), &config, &options);
+    char **names;
+    size_t count;
+    ck_assert_ok(io_list_directory(in_directory("%s", "first"), &names, &count));
+    ck_assert_uint_ge(count, 5); // two shards, index, config, generation_config
+    for (size_t i = 0; i < count; i++) {
+        char a[HASH_HEX_SIZE], b[HASH_HEX_SIZE];
+        uint64_t bytes;
+        ck_assert_ok(hash_file(in_directory("first/%s", names[i]), a, &bytes, NULL, NULL));
+        ck_assert_ok(hash_file(in_directory("second/%s", names[i]), b, &bytes, NULL, NULL));
+        ck_assert_str_eq(a, b);
+    }
+    io_free_names(names, count);
+}
+END_TEST
+
+START_TEST(refused_before_anything_is_written) {
+    ModelConfig config = synthetic_moe(synthetic_qwen2(), 4, 1, GATE_SOFTMAX);
+    HfWriteOptions options = bf16();
+    KEEP(directory, in_directory("%s", "refused"));
+    config.router.input_is_raw = true;
+    TensorSource *source = synthetic_source(&config);
+    ck_assert_fails(hf_write(directory, source, &options), STATUS_USAGE, "router_input = raw");
+    source_close(source);
+    config.router.input_is_raw = false;
+    config.layers[1] = (LayerConfig){2, 1};
+    source = synthetic_source(&config);
+    ck_assert_fails(hf_write(directory, source, &options), STATUS_USAGE, "4 and 2 experts");
+    source_close(source);
+    ck_assert(!io_exists(directory));
+    ck_assert(!io_exists(in_directory("%s.tmp", "refused")));
+}
+END_TEST
+
+// --- Files beside the weights --------------------------------------------------------------------
+
+static void write_text(const char *path, const char *text) {
+    ck_assert_ok(io_write_file_atomic(path, text, strlen(text)));
+}
+
+static void check_text(const char *path, const char *expected) {
+    char *text;
+    size_t bytes;
+    ck_assert_ok(io_read_file(path, 1 << 20, &text, &bytes));
+    ck_assert_str_eq(text, expected);
+    free(text);
+}
+
+START_TEST(tokenizer_files_travel) {
+    ModelConfig config = synthetic_qwen2();
+    HfWriteOptions options = bf16();
+    export_model(in_directory("%s", "seed"), &config, &options);
+    check_text(in_directory("%s", "seed/generation_config.json"),
+               "{\n  \"bos_token_id\": 48,\n  \"eos_token_id\": 49\n}\n");
+    write_text(in_directory("%s", "seed/tokenizer.json"), "{}");
+    write_text(in_directory("%s", "seed/generation_config.json"), "{\"top_p\": 0.8}");
+    write_text(in_directory("%s", "seed/notes.txt"), "private");
+
+    options.copy_from = in_directory("%s", "seed");
+    export_model(in_directory("%s", "child"), &config, &options);
+    check_text(in_directory("%s", "child/tokenizer.json"), "{}");
+    check_text(in_directory("%s", "child/generation_config.json"), "{\"top_p\": 0.8}");
+    ck_assert(!io_exists(in_directory("%s", "child/notes.txt")));
+    ck_assert(!io_exists(in_directory("%s", "child/merges.txt")));
+}
+END_TEST
+
+START_TEST(tokenizer_identity) {
+    char id[TOKENIZER_ID_SIZE];
+    KEEP(directory, in_directory("%s", "tokenizer"));
+    ck_assert_ok(io_make_directories(directory));
+    ck_assert_ok(hf_tokenizer_id(directory, id));
+    ck_assert_str_eq(id, "");
+    write_text(in_directory("%s", "tokenizer/vocab.json"), "a");
+    ck_assert_ok(hf_tokenizer_id(directory, id));
+    ck_assert_str_eq(id, ""); // half of a tokenizer
+    write_text(in_directory("%s", "tokenizer/merges.txt"), "bc");
+    ck_assert_ok(hf_tokenizer_id(directory, id)); // sha256("abc"), as FIPS 180-4 gives it
+    ck_assert_str_eq(id, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    write_text(in_directory("%s", "tokenizer/tokenizer.json"), "");
+    ck_assert_ok(hf_tokenizer_id(directory, id)); // sha256("")
+    ck_assert_str_eq(id, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    KEEP(marker, in_directory("%s", "tokenizer/dense2moe_tokenizer.json"));
+    write_text(marker, "{\"type\": \"bytes\"}");
+    ck_assert_ok(hf_tokenizer_id(directory, id)); // printf dense2moe-bytes-v1 | sha256sum
+    ck_assert_str_eq(id, "1c937cda051e406cb170168253e013168e7f8a4152778b4230b61d101b2e90f4");
+    write_text(marker, "{\"type\": \"words\"}");
+    ck_assert_fails(hf_tokenizer_id(directory, id), STATUS_BAD_DATA, "dense2moe_tokenizer.json");
+}
+END_TEST
+
+// --- Replacing an export -------------------------------------------------------------------------
+
+static void check_family(const char *directory, ModelFamily family) {
+    TensorSource *source;
+    ck_assert_ok(hf_open(directory, &source));
+    ck_assert_int_eq(source->config->family, family);
+    source_close(source);
+}
+
+typedef struct FailAt {
+    IoOp op;
+    int number; // fails the call of this number, counted from 0
+    bool after; // and all later ones
+} FailAt;
+
+static int fail_at(void *context, IoOp op, const char *path, size_t *bytes) {
+    (void)path, (void)bytes;
+    FailAt *fail = context;
+    if (op != fail->op) return 0;
+    int left = fail->number--;
+    return left == 0 || (left < 0 && fail->after) ? 28 /* ENOSPC */ : 0;
+}
+
+START_TEST(an_export_is_replaced_whole_or_not_at_all) {
+    ModelConfig qwen2 = synthetic_qwen2(), llama = synthetic_llama();
+    HfWriteOptions options = bf16();
+    KEEP(directory, in_directory("%s", "swap"));
+    export_model(directory, &qwen2, &options);
+    TensorSource *source = synthetic_source(&llama);
+    // A disk that fills up at any write, and any rename that fails, leaves the earlier export.
+    for (int op = 0; op < 2; op++) {
+        FailAt fail = {.op = op ? IO_RENAME : IO_WRITE, .after = !op};
+        Status status = STATUS_IO;
+        for (int number = 0; status != STATUS_OK; number++) {
+            fail.number = number;
+            io_set_hook(fail_at, &fail);
+            status = hf_write(directory, source, &options);
+            io_set_hook(NULL, NULL);
+            ck_assert(!io_exists(in_directory("%s.tmp", "swap")));
+            check_family(directory, status == STATUS_OK ? FAMILY_LLAMA : FAMILY_QWEN2);
+            ck_assert_int_lt(number, 100);
+        }
+        export_model(directory, &qwen2, &options);
+    }
+    // A process that ended between the two renames: the next call finds the earlier export again.
+    ck_assert_ok(io_rename(directory, in_directory("%s.old", "swap")));
+    FailAt fail = {.op = IO_WRITE, .after = true};
+    io_set_hook(fail_at, &fail);
+    ck_assert_fails(hf_write(directory, source, &options), STATUS_IO, "model.safetensors");
+    io_set_hook(NULL, NULL);
+    check_family(directory, FAMILY_QWEN2);
+    ck_assert_ok(hf_write(directory, source, &options));
+    check_family(directory, FAMILY_LLAMA);
+    ck_assert(!io_exists(in_directory("%s.old", "swap")));
+    source_close(source);
+}
+END_TEST
+
+START_TEST(other_directories_are_left_alone) {
+    ModelConfig config = synthetic_qwen2();
+    HfWriteOptions options = bf16();
+    TensorSource *source = synthetic_source(&config);
+    ck_assert_ok(io_make_directories(in_directory("%s", "home")));
+    write_text(in_directory("%s", "home/thesis.tex"), "text");
+    ck_assert_fails(hf_write(in_directory("%s", "home"), source, &options), STATUS_CANNOT_WRITE,
+                    "home: holds files");
+    check_text(in_directory("%s", "home/thesis.tex"), "text");
+    ck_assert_fails(hf_write(in_directory("%s", "home/thesis.tex"), source, &options),
+                    STATUS_CANNOT_WRITE, "no directory");
+    // An empty directory, a slash at the end and missing parents are fine.
+    ck_assert_ok(io_make_directories(in_directory("%s", "empty")));
+    ck_assert_ok(hf_write(in_directory("%s", "empty/"), source, &options));
+    ck_assert_ok(hf_write(in_directory("%s", "deep/er"), source, &options));
+    check_family(in_directory("%s", "deep/er"), FAMILY_QWEN2);
+    source_close(source);
+}
+END_TEST
+
+typedef struct Seen {
+    uint64_t done, total;
+    int calls;
+} Seen;
+
+static void see(void *context, uint64_t done, uint64_t total) {
+    Seen *seen = context;
+    ck_assert_uint_gt(done, seen->done);
+    *seen = (Seen){done, total, seen->calls + 1};
+}
+
+START_TEST(progress_ends_at_the_total) {
+    ModelConfig config = synthetic_qwen2();
+    Seen seen = {0};
+    HfWriteOptions options = {.dtype = DTYPE_F32, .progress = see, .context = &seen};
+    export_model(in_directory("%s", "progress"), &config, &options);
+    TensorSource *source = synthetic_source(&config);
+    ck_assert_uint_eq(seen.total, (uint64_t)source->table->parameters * 4);
+    ck_assert_uint_eq(seen.done, seen.total);
+    source_close(source);
+}
+END_TEST
+
+// --- Directories that are wrong ------------------------------------------------------------------
+
+// Writes weight file `path` with tensors of F32 ones.
+static void write_tensors(const char *path, const SafetensorsSpec *specs, size_t count) {
+    SafetensorsWriter *writer;
+    uint64_t bytes;
+    char hex[HASH_HEX_SIZE];
+    ck_assert_ok(safetensors_writer_open(path, specs, count, NULL, &writer));
+    for (size_t i = 0; i < count; i++) {
+        int64_t elements = 1;
+        for (int d = 0; d < specs[i].ndim; d++) elements *= specs[i].shape[d];
+        for (int64_t k = 0; k < elements; k++)
+            ck_assert_ok(safetensors_writer_append(writer, &(float){(float)k}, 1));
+    }
+    ck_assert_ok(safetensors_writer_finish(writer, &bytes, hex));
+}
+
+static const char one_layer[] =
+    "{\"model_type\":\"llama\",\"hidden_size\":4,\"intermediate_size\":6,"
+    "\"num_attention_heads\":2,\"num_hidden_layers\":1,\"vocab_size\":5,"
+    "\"tie_word_embeddings\":true}";
+
+enum { ONE_LAYER = 11 };
+static const SafetensorsSpec one_layer_specs[ONE_LAYER + 4] = {
+    {"model.embed_tokens.weight", DTYPE_F32, 2, {5, 4}},
+    {"model.layers.0.input_layernorm.weight", DTYPE_F32, 1, {4}},
+    {"model.layers.0.self_attn.q_proj.weight", DTYPE_F32, 2, {4, 4}},
+    {"model.layers.0.self_attn.k_proj.weight", DTYPE_F32, 2, {4, 4}},
+    {"model.layers.0.self_attn.v_proj.weight", DTYPE_F32, 2, {4, 4}},
+    {"model.layers.0.self_attn.o_proj.weight", DTYPE_F32, 2, {4, 4}},
+    {"model.layers.0.post_attention_layernorm.weight", DTYPE_F32, 1, {4}},
+    {"model.layers.0.mlp.gate_proj.weight", DTYPE_F32, 2, {6, 4}},
+    {"model.layers.0.mlp.up_proj.weight", DTYPE_F32, 2, {6, 4}},
+    {"model.layers.0.mlp.down_proj.weight", DTYPE_F32, 2, {4, 6}},
+    {"model.norm.weight", DTYPE_BF16, 1, {4}},
+    // What the model does not have:
+    {"lm_head.weight", DTYPE_F32, 2, {5, 4}},
+    {"model.layers.0.self_attn.rotary_emb.inv_freq", DTYPE_F32, 1, {1}},
+    {"model.layers.0.self_attn.q_proj.bias", DTYPE_F32, 1, {4}},
+    {"model.layers.1.mlp.up_proj.weight", DTYPE_F32, 2, {6, 4}},
+};
+
+// A directory with that config and the first `count` tensors.
+static const char *one_layer_directory(const char *name, size_t count) {
+    const char *directory = in_directory("%s", name);
+    char path[IO_PATH_MAX];
+    ck_assert_ok(io_make_directories(directory));
+    ck_assert_ok(io_path(path, "%s/config.json", directory));
+    write_text(path, one_layer);
+    ck_assert_ok(io_path(path, "%s/model.safetensors", directory));
+    write_tensors(path, one_layer_specs, count);
+    return directory;
+}
+
+START_TEST(missing_files) {
+    TensorSource *source;
+    ck_assert_fails(hf_open(in_directory("%s", "nowhere"), &source), STATUS_MISSING_INPUT,
+                    "nowhere");
+    KEEP(directory, in_directory("%s", "bare"));
+    ck_assert_ok(io_make_directories(directory));
+    ck_assert_fails(hf_open(directory, &source), STATUS_MISSING_INPUT, "bare/config.json");
+    write_text(in_directory("%s", "bare/config.json"), one_layer);
+    ck_assert_fails(hf_open(directory, &source), STATUS_MISSING_INPUT, "bare: neither");
+    write_text(in_directory("%s", "bare/pytorch_model.bin"), "");
+    ck_assert_fails(hf_open(directory, &source), STATUS_MISSING_INPUT, "as safetensors");
+    write_text(in_directory("%s", "bare/config.json"), "{\"model_type\":\"gpt2\"}");
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "gpt2");
+    write_text(in_directory("%s", "bare/config.json"), "{");
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "bare/config.json");
+}
+END_TEST
+
+START_TEST(tensors_are_checked) {
+    TensorSource *source;
+    KEEP(directory, one_layer_directory("tensors", ONE_LAYER));
+    KEEP(weights, in_directory("%s", "tensors/model.safetensors"));
+    ck_assert_ok(hf_open(directory, &source));
+    ck_assert_int_eq(source->dtype, DTYPE_F32); // of F32 and BF16
+    source_close(source);
+
+    SafetensorsSpec specs[ONE_LAYER];
+    memcpy(specs, one_layer_specs, sizeof specs);
+    write_tensors(weights, specs, ONE_LAYER - 1);
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA,
+                    "tensor model.norm.weight is missing");
+    specs[7].shape[0] = 4;
+    specs[7].shape[1] = 6;
+    write_tensors(weights, specs, ONE_LAYER);
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA,
+                    "model.layers.0.mlp.gate_proj.weight has shape [4, 6], expected [6, 4]");
+    specs[7].ndim = 1;
+    write_tensors(weights, specs, ONE_LAYER);
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "shape [4], expected [6, 4]");
+    write_text(weights, "not a weight file");
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "tensors/model.safetensors");
+}
+END_TEST
+
+START_TEST(other_types_are_named) {
+    KEEP(directory, one_layer_directory("types", ONE_LAYER));
+    KEEP(weights, in_directory("%s", "types/model.safetensors"));
+    char *data;
+    size_t bytes;
+    ck_assert_ok(io_read_file(weights, 1 << 20, &data, &bytes));
+    char *dtype = strstr(data + 8, "\"F32\""); // of the first tensor
+    ck_assert_ptr_nonnull(dtype);
+    memcpy(dtype, "\"I32\"", 5);
+    ck_assert_ok(io_write_file_atomic(weights, data, bytes));
+    free(data);
+    TensorSource *source;
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA,
+                    "embed_tokens.weight has dtype I32");
+}
+END_TEST
+
+// Runs hf_open with stderr in a file, and gives what it logged.
+static char *open_logged(const char *directory) {
+    const char *log = in_directory("%s", "stderr");
+    TensorSource *source;
+    fflush(stderr);
+    int saved = dup(STDERR_FILENO), fd = open(log, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    ck_assert_int_ge(dup2(fd, STDERR_FILENO), 0);
+    Status status = hf_open(directory, &source);
+    fflush(stderr);
+    dup2(saved, STDERR_FILENO);
+    close(saved);
+    close(fd);
+    ck_assert_ok(status);
+    source_close(source);
+    char *text;
+    size_t bytes;
+    ck_assert_ok(io_read_file(log, 1 << 20, &text, &bytes));
+    return text;
+}
+
+START_TEST(tensors_nobody_needs_are_named) {
+    char *log = open_logged(one_layer_directory("clean", ONE_LAYER));
+    ck_assert_str_eq(log, "");
+    free(log);
+    log = open_logged(one_layer_directory("extra", ONE_LAYER + 4));
+    ck_assert_ptr_nonnull(strstr(log, "lm_head.weight is ignored: tie_word_embeddings"));
+    ck_assert_ptr_nonnull(strstr(log, "2 tensors that the model of config.json does not have"));
+    ck_assert_ptr_nonnull(strstr(log, "q_proj.bias"));
+    ck_assert_ptr_nonnull(strstr(log, "model.layers.1.mlp.up_proj.weight"));
+    ck_assert_ptr_null(strstr(log, "inv_freq"));
+    free(log);
+    // What our own export adds is nothing to warn about.
+    ModelConfig config = synthetic_moe(synthetic_qwen2(), 2, 1, GATE_SOFTMAX);
+    HfWriteOptions options = bf16();
+    export_model(in_directory("%s", "own"), &config, &options);
+    log = open_logged(in_directory("%s", "own"));
+    ck_assert_str_eq(log, "");
+    free(log);
+}
+END_TEST
+
+START_TEST(indexes_are_checked) {
+    ModelConfig config = synthetic_qwen2();
+    HfWriteOptions options = bf16();
+    options.max_shard_bytes = 8000;
+    KEEP(directory, in_directory("%s", "index"));
+    KEEP(path, in_directory("%s", "index/model.safetensors.index.json"));
+    TensorSource *source;
+    json_t *index;
+    export_model(directory, &config, &options);
+    ck_assert_ok(json_read_file(path, 1 << 20, &index));
+    json_t *map = json_object_get(index, "weight_map");
+    static const struct {
+        const char *tensor, *file, *text;
+        Status status;
+    } cases[] = {
+        {"model.norm.weight", "model-00001-of-00009.safetensors",
+         "model-00001-of-00009.safetensors", STATUS_MISSING_INPUT},
+        {"model.norm.weight", "../swap/model.safetensors", "weight_map[\"model.norm.weight\"]",
+         STATUS_BAD_DATA},
+        {"model.norm.weight", "", "weight_map", STATUS_BAD_DATA},
+        {"extra", NULL, "tensor extra should be in model-00001", STATUS_BAD_DATA},
+        {"model.norm.weight", NULL, "model.norm.weight should be in", STATUS_BAD_DATA},
+    };
+    const char *first = json_string_value(json_object_get(map, "model.embed_tokens.weight"));
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        json_t *changed = json_deep_copy(index);
+        json_object_set_new(json_object_get(changed, "weight_map"), cases[i].tensor,
+                            json_string(cases[i].file ? cases[i].file : first));
+        ck_assert_ok(json_write_file(path, changed));
+        ck_assert_fails(hf_open(directory, &source), cases[i].status, cases[i].text);
+        json_decref(changed);
+    }
+    json_object_del(map, "model.norm.weight");
+    ck_assert_ok(json_write_file(path, index));
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "model.norm.weight is missing");
+    json_decref(index);
+    write_text(path, "{}");
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA, "weight_map");
+}
+END_TEST
+
+// transformers 5 writes the experts of a layer as two tensors.
+START_TEST(fused_experts) {
+    static const char text[] =
+        "{\"model_type\":\"qwen3_moe\",\"hidden_size\":4,\"intermediate_size\":6,\"head_dim\":2,"
+        "\"num_attention_heads\":2,\"num_key_value_heads\":2,\"num_hidden_layers\":1,"
+        "\"vocab_size\":5,\"tie_word_embeddings\":true,\"num_experts\":3,"
+        "\"num_experts_per_tok\":1,\"moe_intermediate_size\":2}";
+    SafetensorsSpec specs[ONE_LAYER + 1];
+    memcpy(specs, one_layer_specs, ONE_LAYER * sizeof *specs);
+    specs[7] = (SafetensorsSpec){"model.layers.0.mlp.gate.weight", DTYPE_F32, 2, {3, 4}};
+    specs[8] =
+        (SafetensorsSpec){"model.layers.0.mlp.experts.gate_up_proj", DTYPE_F32, 3, {3, 4, 4}};
+    specs[9] = (SafetensorsSpec){"model.layers.0.mlp.experts.down_proj", DTYPE_F32, 3, {3, 4, 2}};
+    specs[11] = (SafetensorsSpec){"model.layers.0.self_attn.q_norm.weight", DTYPE_F32, 1, {2}};
+    SafetensorsSpec all[ONE_LAYER + 2];
+    memcpy(all, specs, sizeof specs);
+    all[12] = (SafetensorsSpec){"model.layers.0.self_attn.k_norm.weight", DTYPE_F32, 1, {2}};
+
+    KEEP(directory, in_directory("%s", "fused"));
+    ck_assert_ok(io_make_directories(directory));
+    write_text(in_directory("%s", "fused/config.json"), text);
+    KEEP(weights, in_directory("%s", "fused/model.safetensors"));
+    write_tensors(weights, all, ONE_LAYER + 2);
+    TensorSource *source;
+    ck_assert_ok(hf_open(directory, &source));
+    // Element k of each file tensor is k. Expert 1: gate rows 0..1 and up rows 2..3 of [1].
+    static const struct {
+        const char *name;
+        float first;
+    } expected[] = {{"gate_proj", 16}, {"up_proj", 24}, {"down_proj", 8}};
+    for (int i = 0; i < 3; i++) {
+        char name[TENSOR_NAME_MAX];
+        float values[8];
+        snprintf(name, sizeof name, "model.layers.0.mlp.experts.1.%s.weight", expected[i].name);
+        const Tensor *tensor = tensor_table_find(source->table, name);
+        ck_assert_ptr_nonnull(tensor);
+        ck_assert_ok(source->read(source, tensor, 0, 8, values));
+        for (int k = 0; k < 8; k++) ck_assert_float_eq(values[k], expected[i].first + (float)k);
+    }
+    source_close(source);
+
+    all[8].shape[1] = 2; // the gate alone
+    write_tensors(weights, all, ONE_LAYER + 2);
+    ck_assert_fails(hf_open(directory, &source), STATUS_BAD_DATA,
+                    "gate_up_proj has shape [3, 2, 4], expected [3, 4, 4]");
+}
+END_TEST
+
+TEST_MAIN("hf", TEST(round_trips), TEST(shards_keep_the_limit), TEST(moe_directories_suit_vllm),
+          TEST(gate_scale_goes_into_down_proj), TEST(equal_sources_give_equal_files),
+          TEST(refused_before_anything_is_written), TEST(tokenizer_files_travel),
+          TEST(tokenizer_identity), TEST(an_export_is_replaced_whole_or_not_at_all),
+          TEST(other_directories_are_left_alone), TEST(progress_ends_at_the_total),
+          TEST(missing_files), TEST(tensors_are_checked), TEST(other_types_are_named),
+          TEST(tensors_nobody_needs_are_named), TEST(indexes_are_checked), TEST(fused_experts))
