@@ -55,7 +55,11 @@ void status_clear(void);
 // Prints "program: error: message" and, at log level debug, the trace; returns the exit code.
 int status_report(Status code, const char *program);
 
+#ifdef __cppcheck__
+#define NODISCARD // cppcheck cannot parse an attribute after a function pointer
+#else
 #define NODISCARD __attribute__((warn_unused_result))
+#endif
 
 // FAIL(STATUS_BAD_DATA, "%s: ...", path) returns from the calling function. The code is returned
 // as written, not as status_fail's result, so that compilers see that a failure is not STATUS_OK
