@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/log.h"
+#include "train/memory.h"
 
 static Status open_data(Trainer *t) {
     const Recipe *r = t->recipe;
@@ -106,6 +107,7 @@ Status trainer_open(Trainer *t) {
     TRY_GOTO(open_state(t), done);
     TRY_GOTO(open_data(t), done);
     TRY_GOTO(resume_check_data(t), done);
+    TRY_GOTO(memory_warn(r, t->backend, &t->config), done);
     TRY_GOTO(open_model(t, source), done);
     TRY_GOTO(resume_set_aside(t), done);
     TRY_GOTO(open_checkpoints(t), done);
