@@ -80,7 +80,7 @@ static Status add_shard(Dataset *dataset, const char *directory, const ManifestS
     return STATUS_OK;
 }
 
-static Status add_shards(Dataset *dataset, const char *directory, const Manifest *manifest,
+static Status add_shards(Dataset *dataset, const char *directory, const DataManifest *manifest,
                          const ShardFinding *findings, bool skip_bad_shards) {
     int count = manifest->summary.num_shards;
     for (int i = 0; i < count; i++) {
@@ -103,10 +103,10 @@ static Status add_shards(Dataset *dataset, const char *directory, const Manifest
 
 Status dataset_open(const char *directory, const DatasetOptions *options, Dataset **out) {
     Status status = STATUS_OK;
-    Manifest manifest;
+    DataManifest manifest;
     ShardFinding *findings = NULL;
     Dataset *dataset = NULL;
-    TRY(manifest_read(directory, &manifest));
+    TRY(data_manifest_read(directory, &manifest));
     TRY_GOTO(check_fit(directory, &manifest.summary, options), done);
 
     size_t count = (size_t)manifest.summary.num_shards;
@@ -125,7 +125,7 @@ Status dataset_open(const char *directory, const DatasetOptions *options, Datase
 done:
     if (status != STATUS_OK) dataset_close(dataset);
     free(findings);
-    manifest_free(&manifest);
+    data_manifest_free(&manifest);
     return status;
 }
 

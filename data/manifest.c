@@ -42,7 +42,7 @@ static Status read_shard(const json_t *object, const char *path, ManifestShard *
     return STATUS_OK;
 }
 
-static Status read_shards(const json_t *root, const char *path, Manifest *out) {
+static Status read_shards(const json_t *root, const char *path, DataManifest *out) {
     DatasetSummary *summary = &out->summary;
     json_t *list;
     TRY(json_get_array(root, path, "shards", &list));
@@ -95,7 +95,7 @@ static Status check_totals(const json_t *root, const char *path, const DatasetSu
     return STATUS_OK;
 }
 
-Status manifest_read(const char *directory, Manifest *out) {
+Status data_manifest_read(const char *directory, DataManifest *out) {
     Status status = STATUS_OK;
     char path[IO_PATH_MAX];
     json_t *root = NULL;
@@ -119,19 +119,19 @@ Status manifest_read(const char *directory, Manifest *out) {
     TRY_GOTO(check_totals(root, path, &out->summary), done);
 done:
     json_decref(root);
-    if (status != STATUS_OK) manifest_free(out);
+    if (status != STATUS_OK) data_manifest_free(out);
     return status;
 }
 
-void manifest_free(Manifest *manifest) {
+void data_manifest_free(DataManifest *manifest) {
     free(manifest->shards);
     memset(manifest, 0, sizeof *manifest);
 }
 
 Status dataset_summary(const char *directory, DatasetSummary *out) {
-    Manifest manifest;
-    TRY(manifest_read(directory, &manifest));
+    DataManifest manifest;
+    TRY(data_manifest_read(directory, &manifest));
     *out = manifest.summary;
-    manifest_free(&manifest);
+    data_manifest_free(&manifest);
     return STATUS_OK;
 }

@@ -16,13 +16,13 @@ typedef struct ManifestShard {
     uint64_t bytes, tokens, documents;
 } ManifestShard;
 
-typedef struct Manifest {
+typedef struct DataManifest {
     DatasetSummary summary;
     ManifestShard *shards; // summary.num_shards of them, in stream order
-} Manifest;
+} DataManifest;
 
 // Reads DIRECTORY/shards.json. A missing directory or file is STATUS_MISSING_INPUT.
-Status manifest_read(const char *directory, Manifest *out) NODISCARD;
-void manifest_free(Manifest *manifest);
+Status data_manifest_read(const char *directory, DataManifest *out) NODISCARD;
+void data_manifest_free(DataManifest *manifest);
 
 #endif
