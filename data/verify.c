@@ -23,7 +23,7 @@
 
 typedef struct Job {
     const char *directory;
-    const Manifest *manifest;
+    const DataManifest *manifest;
     const VerifyOptions *options;
     ShardFinding *findings;
     VerifyCache *cache;
@@ -170,7 +170,7 @@ done:
 }
 
 static Status verify_all(Job *job) {
-    const Manifest *manifest = job->manifest;
+    const DataManifest *manifest = job->manifest;
     for (int i = 0; i < manifest->summary.num_shards; i++) {
         TRY(io_path(job->paths[i], "%s/%s", job->directory, manifest->shards[i].name));
         job->bytes_all += manifest->shards[i].bytes;
@@ -190,8 +190,8 @@ static void wait_for_turn(int fd, const char *directory) {
     (void)flock(fd, LOCK_EX);
 }
 
-Status verify_shards(const char *directory, const Manifest *manifest, const VerifyOptions *options,
-                     ShardFinding *findings) {
+Status verify_shards(const char *directory, const DataManifest *manifest,
+                     const VerifyOptions *options, ShardFinding *findings) {
     Status status = STATUS_OK;
     size_t count = (size_t)manifest->summary.num_shards;
     Job job = {.directory = directory,

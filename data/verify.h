@@ -23,7 +23,7 @@ typedef struct ShardFinding {
 // Size, XXH3-128, structure, agreement with the manifest, ids below the vocabulary and document
 // offsets of every shard. findings has summary.num_shards elements. Fails only for reasons that are
 // not a shard's; a refused shard is a finding. Starts child processes (data/sandbox.h).
-Status verify_shards(const char *directory, const Manifest *manifest, const VerifyOptions *options,
-                     ShardFinding *findings) NODISCARD;
+Status verify_shards(const char *directory, const DataManifest *manifest,
+                     const VerifyOptions *options, ShardFinding *findings) NODISCARD;
 
 #endif
