@@ -105,7 +105,7 @@ static const char *logged_steps(void) {
 START_TEST(records_hold_what_was_reported) {
     Report *report = opened(-1, false);
     StepReport step = step_at(6);
-    report_eval(report, 0, "eval", 4.5, 2000);
+    report_eval(report, 0, "valid", 4.5, 2000);
     report_step(report, &step);
     step.step = 7, step.sums = NULL, step.loss = NAN, step.gradient_norm = INFINITY;
     report_step(report, &step);
@@ -187,15 +187,15 @@ END_TEST
 
 START_TEST(an_evaluation_is_recorded_once) {
     Report *report = opened(-1, false);
-    report_eval(report, 0, "eval", 5, 100);
-    report_eval(report, 0, "other", 5, 100);
-    report_eval(report, 4, "eval", 4, 100);
+    report_eval(report, 0, "valid", 5, 100);
+    report_eval(report, 0, "end", 5, 100);
+    report_eval(report, 4, "valid", 4, 100);
     log_steps(report, 5, 5);
     report_close(report);
     report = opened(4, false); // resumed from a checkpoint saved before its evaluation
-    report_eval(report, 4, "eval", 4, 100);
-    report_eval(report, 4, "other", 4, 100);
-    report_eval(report, 8, "eval", 3, 100);
+    report_eval(report, 4, "valid", 4, 100);
+    report_eval(report, 4, "end", 4, 100);
+    report_eval(report, 8, "valid", 3, 100);
     report_close(report);
     ck_assert_str_eq(logged_steps(), "0 0 4 4 8");
 }
@@ -258,7 +258,7 @@ static int read_board(Event *events, int max) {
 START_TEST(tensorboard_scalars) {
     static Event events[8];
     Report *report = opened(-1, true);
-    report_eval(report, 0, "eval", 4.5, 2000);
+    report_eval(report, 0, "start", 4.5, 2000);
     log_steps(report, 6, 6);
     StepReport step = step_at(7);
     step.sums = NULL;

@@ -286,8 +286,8 @@ void report_step(Report *report, const StepReport *step) {
 }
 
 void report_eval(Report *report, int64_t step, const char *name, double loss, double targets) {
-    log_info("step %" PRId64 " | %s loss %.4f | ppl %.4g | %.0f targets", step, name, loss,
-             exp(loss), targets);
+    log_info("step %" PRId64 " | evaluation (%s): loss %.4f | ppl %.4g | %.0f targets", step, name,
+             loss, exp(loss), targets);
     if (!note_eval(report, name, step)) return;
     json_t *record = new_record("eval", step);
     json_object_set_new(record, "name", json_string(name));
@@ -296,13 +296,12 @@ void report_eval(Report *report, int64_t step, const char *name, double loss, do
     json_object_set_new(record, "targets", real_or_null(targets));
     write_record(report, record, NULL);
     if (!report->board) return;
-    set_scalar(&report->scalars[0], loss, "%s/loss", name);
-    set_scalar(&report->scalars[1], exp(loss), "%s/perplexity", name);
+    set_scalar(&report->scalars[0], loss, "eval/loss");
+    set_scalar(&report->scalars[1], exp(loss), "eval/perplexity");
     write_scalars(report, step, 2);
 }
 
 void report_event(Report *report, int64_t step, const char *kind, const char *text) {
-    log_info("step %" PRId64 " | %s: %s", step, kind, text);
     json_t *record = new_record("event", step);
     json_object_set_new(record, "event", json_string(kind));
     // A text may quote bytes of a file that are no UTF-8.

@@ -40,9 +40,10 @@ Status report_open(const char *run_path, const ModelConfig *config, int64_t resu
                    bool tensorboard, Report **out) NODISCARD;
 // A failing log disk is warned about once; training goes on.
 void report_step(Report *report, const StepReport *step);
-// `name` is the TensorBoard prefix: "eval" gives eval/loss and eval/perplexity. A step and name
-// that an earlier attempt has recorded already are not recorded again.
+// `name` says which evaluation it is ("start", "valid", "end"). A step and name that an earlier
+// attempt has recorded already are not recorded again.
 void report_eval(Report *report, int64_t step, const char *name, double loss, double targets);
+// A record of something that happened; what the console should say of it is the caller's.
 void report_event(Report *report, int64_t step, const char *kind, const char *text);
 // The transient progress bar between lines (terminals only).
 void report_progress(Report *report, int64_t step, int64_t total_steps, double loss,
