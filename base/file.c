@@ -40,7 +40,7 @@ enum { NUM_OPS = sizeof op_names / sizeof op_names[0], ANY_OP = -1 };
 
 // The fault that the environment asks for.
 static struct {
-    enum { FAULT_NONE, FAULT_KILL, FAULT_EIO, FAULT_ENOSPC, FAULT_SHORT } action;
+    enum { FAULT_NONE, FAULT_KILL, FAULT_EIO, FAULT_ENOSPC, FAULT_SHORT } action; // as `actions`
     int op;             // an IoOp, or ANY_OP
     long number;        // the first call that fails, counted from 1
     bool and_all_later; // "3+" instead of "3"
@@ -76,7 +76,7 @@ static void read_fault(void) {
     } else {
         fault.action = FAULT_NONE;
         log_warn("DENSE2MOE_IO_FAULT=%s ignored, expected OP:NUMBER[+]:ACTION, for example "
-                 "write:3:enospc (docs/troubleshooting.md)",
+                 "write:3:enospc (base/file.h)",
                  text);
     }
 }

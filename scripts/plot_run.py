@@ -30,7 +30,7 @@ def read_log(path):
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        raise PlotError(f"{path}: no such file; expected a run directory or its log.jsonl") from None
+        raise PlotError(f"{path}: no such file; expected a run directory or its log") from None
     except OSError as error:
         raise PlotError(f"{path}: cannot read: {error.strerror}") from None
     records = {"step": [], "eval": [], "event": []}
