@@ -73,6 +73,7 @@ END_TEST
 START_TEST(terminal_shows_colour_and_the_transient_line) {
     char text[1024];
     setenv("TERM", "xterm", 1);
+    unsetenv("DENSE2MOE_LOG");
     unsetenv("NO_COLOR");
     capture_terminal(text, sizeof text);
     ck_assert_str_eq(text, "\033[1;31merror:\033[0m one\r\n"
@@ -85,6 +86,7 @@ END_TEST
 START_TEST(no_color_is_respected) {
     char text[1024];
     setenv("TERM", "xterm", 1);
+    unsetenv("DENSE2MOE_LOG");
     setenv("NO_COLOR", "1", 1);
     capture_terminal(text, sizeof text);
     ck_assert_str_eq(text, "error: one\r\nbar 10%\r\033[Kwarn: two\r\ninfo: three\r\n"
@@ -95,6 +97,7 @@ END_TEST
 START_TEST(dumb_terminals_get_plain_lines) {
     char text[1024];
     setenv("TERM", "dumb", 1);
+    unsetenv("DENSE2MOE_LOG");
     unsetenv("NO_COLOR");
     capture_terminal(text, sizeof text);
     ck_assert_str_eq(text, "error: one\r\nwarn: two\r\ninfo: three\r\n");

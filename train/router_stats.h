@@ -1,8 +1,8 @@
 // What the sums of the routers say: how experts are loaded, and the value of the router losses.
 //
 // LB = Σ over MoE layers of N·Σ_i f_i·P_i (METHOD.md §5): f_i is expert i's share of the
-// layer's assignments, P_i its mean probability. A balanced layer gives 1, so a balanced model gives its
-// number of MoE layers; other programs average over layers or multiply by top_k.
+// layer's assignments, P_i its mean probability. A balanced layer gives 1, so a balanced model
+// gives its number of MoE layers; other programs average over layers or multiply by top_k.
 #ifndef TRAIN_ROUTER_STATS_H
 #define TRAIN_ROUTER_STATS_H
 
