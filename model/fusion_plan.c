@@ -117,8 +117,7 @@ Status fusion_target_config(const FusionPlan *plan, const ModelConfig *source, M
     return config_validate(out, "the fused model");
 }
 
-// --- As text
-// --------------------------------------------------------------------------------------
+// --- As text -------------------------------------------------------------------------------------
 
 // "494.0 M", "1.66 B".
 static void print_count(FILE *out, int64_t parameters) {
@@ -140,7 +139,7 @@ static void print_block(FILE *out, const FusionPlan *plan, const FusionBlock *bl
 
 static void print_plan(FILE *out, const FusionPlan *plan, const TensorTable *before,
                        const TensorTable *after) {
-    fprintf(out, "plan: %d -> %d layers, %d experts, top-%d, gate %s x %g\n",
+    fprintf(out, "%d -> %d layers, %d experts, top-%d, gate %s x %g\n",
             plan->num_source_layers, fusion_target_layers(plan), plan->num_experts, plan->top_k,
             config_gate_name(plan->router.gate), (double)plan->router.gate_scale);
     for (int i = 0; i < plan->num_blocks; i++) print_block(out, plan, &plan->blocks[i]);

@@ -23,8 +23,7 @@ static const char *const ROOT_KEYS[] = {
 static const char *const ROUTER_KEYS[] = {"gate", "gate_scale", "input", "init_std", NULL};
 static const char *const BLOCK_KEYS[] = {"base", "followers", "score", NULL};
 
-// --- Reading
-// --------------------------------------------------------------------------------------
+// --- Reading -------------------------------------------------------------------------------------
 
 static int find_word(const char *const *words, const char *word) {
     for (int i = 0; words[i]; i++)
@@ -167,8 +166,7 @@ Status fusion_plan_read(const char *path, FusionPlan *out) {
     return status;
 }
 
-// --- Writing
-// --------------------------------------------------------------------------------------
+// --- Writing -------------------------------------------------------------------------------------
 
 static json_t *blocks_json(const FusionPlan *plan) {
     json_t *array = json_array();

@@ -60,8 +60,7 @@ static Status check_demand(const FusionOptions *options, const Similarity *s,
     return STATUS_OK;
 }
 
-// --- threshold
-// ------------------------------------------------------------------------------------
+// --- threshold -----------------------------------------------------------------------------------
 
 // Falling score; equal scores by place and size, so that the choice never depends on qsort.
 static int by_score(const void *a, const void *b) {
@@ -111,8 +110,7 @@ static Status select_threshold(const FusionOptions *options, const Similarity *s
     return STATUS_OK;
 }
 
-// --- budget
-// ---------------------------------------------------------------------------------------
+// --- budget --------------------------------------------------------------------------------------
 
 // Exact dynamic programming over depth. best(l, p) is the greatest Σ n·Score of blocks in layers
 // l..end-1 that prune exactly p layers: either layer l is in no block, or it is the base of a
@@ -200,8 +198,7 @@ done:
     return status;
 }
 
-// --- manual
-// ---------------------------------------------------------------------------------------
+// --- manual --------------------------------------------------------------------------------------
 
 static const char *skip_space(const char *text) {
     while (isspace((unsigned char)*text)) text++;

@@ -54,7 +54,7 @@ typedef struct FusedSource {
     int32_t *shuffled; // (moe_intermediate_size) scratch
 } FusedSource;
 
-// --- Which source tensor a fused tensor comes from ----------------------------------------------
+// --- Which source tensor a fused tensor comes from -----------------------------------------------
 
 // The source layer that becomes layer `layer` of the fused model, and its block or NULL.
 static int base_of_layer(const FusionPlan *plan, int layer, const FusionBlock **block) {
@@ -116,7 +116,7 @@ static Status find_origins(FusedSource *fused) {
     return STATUS_OK;
 }
 
-// --- Redrawn channels and noise -----------------------------------------------------------------
+// --- Redrawn channels and noise ------------------------------------------------------------------
 
 static Status matrix_stats(FusedSource *fused, const Origin *origin, MatrixStats **out) {
     MatrixStats *stats = &fused->stats[origin->stats];
@@ -194,8 +194,7 @@ static Status change_expert(FusedSource *fused, const Tensor *tensor, const Orig
     return STATUS_OK;
 }
 
-// --- The source
-// -----------------------------------------------------------------------------------
+// --- The source ----------------------------------------------------------------------------------
 
 static bool changes_experts(const FusionPlan *plan) {
     return plan->reinit_ratio > 0 || plan->copy_noise > 0;

@@ -31,7 +31,7 @@ void similarity_free(Similarity *similarity) {
     *similarity = (Similarity){0};
 }
 
-// --- The table in the log -----------------------------------------------------------------------
+// --- The table in the log ------------------------------------------------------------------------
 
 enum { LOG_COLUMNS = 6, LOG_LINE_MAX = 256 }; // wider blocks: the rest is in the file
 

@@ -36,8 +36,7 @@ static void hash_line(const void *image, size_t bytes, char line[HASH_LINE_MAX])
     snprintf(line, HASH_LINE_MAX, "%s xxh3-128 %s\n", FORMAT, hex);
 }
 
-// --- Writing
-// --------------------------------------------------------------------------------------
+// --- Writing -------------------------------------------------------------------------------------
 
 // HDF5 calls fail with a negative number; what they were doing is all a message can say.
 #define H5_GOTO(call, label, path)                                                                 \
@@ -118,8 +117,7 @@ done:
     return status;
 }
 
-// --- Reading
-// --------------------------------------------------------------------------------------
+// --- Reading -------------------------------------------------------------------------------------
 
 static Status check_hash(const char *data, size_t bytes, const char *path) {
     if (bytes <= USER_BLOCK || strncmp(data, FORMAT, strlen(FORMAT)) != 0)

@@ -5,10 +5,8 @@
 // and y is all that is ever kept. Sums stay on the device, in double, until the end.
 #include "model/similarity.h"
 
-#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
-#include "base/log.h"
 
 enum { POINTS = 2, SUMS = 2 }; // h and y; row_similarity's cosine and norm difference
 
@@ -92,11 +90,10 @@ static Status run_calibration(Model *model, CalibrationNext next, void *context,
         bool more;
         TRY(next(context, &batch, &more));
         if (!more) break;
+        batch.targets = NULL; // the streams are all we want: no LM head, no loss
         TRY(model_forward(model, &batch));
         *tokens += batch.batch * batch.sequence_length;
-        log_transient("similarity: %" PRId64 " tokens", *tokens);
     }
-    log_transient("%s", "");
     if (*tokens == 0)
         FAIL(STATUS_USAGE, "similarity: no calibration text; lfuc.calibration_sequences and "
                            "data.train must give at least one sequence");

@@ -22,6 +22,18 @@ static FusionPlan example(void) {
                         .router = {.gate = GATE_RENORM, .gate_scale = 1.0f / 3}};
 }
 
+// Qwen2.5-0.5B: 24 layers, hidden 896, 14 query and 2 key/value heads of 64, MLP 4864.
+static ModelConfig qwen_half_billion(void) {
+    ModelConfig c = small_config(24);
+    c.hidden_size = 896;
+    c.num_heads = 14;
+    c.num_kv_heads = 2;
+    c.head_dim = 64;
+    c.intermediate_size = 4864;
+    c.vocab_size = 151936;
+    return c;
+}
+
 static const char *plan_path(void) {
     static char path[IO_PATH_MAX];
     ck_assert_ok(io_path(path, "%s/plan.json", test_directory()));
@@ -93,7 +105,34 @@ START_TEST(the_file_lists_parameter_counts) {
 }
 END_TEST
 
-// --- Editing by hand ----------------------------------------------------------------------------
+// The example in docs/formats.md is a plan, and its derived figures are right.
+START_TEST(the_documented_example_is_right) {
+    char *text;
+    size_t bytes;
+    ck_assert_ok(io_read_file(TEST_SOURCE_DIR "/docs/formats.md", 1 << 20, &text, &bytes));
+    char *section = strstr(text, "## Plan files");
+    ck_assert_ptr_nonnull(section);
+    char *example = strstr(section, "```json\n") + strlen("```json\n");
+    char *end = strstr(example, "```");
+    ck_assert_ptr_nonnull(end);
+    FusionPlan plan;
+    ModelConfig source = qwen_half_billion(), target;
+    TensorTable table;
+    char active[64], total[64];
+    ck_assert_ok(fusion_plan_parse(example, (size_t)(end - example), "docs/formats.md", &plan));
+    ck_assert_ok(fusion_target_config(&plan, &source, &target));
+    ck_assert_ok(tensor_table_build(&target, &table));
+    snprintf(total, sizeof total, "\"total\": %lld,", (long long)table.parameters);
+    snprintf(active, sizeof active, "\"active\": %lld}", (long long)table.active_parameters);
+    *end = '\0';
+    ck_assert_ptr_nonnull(strstr(example, total));
+    ck_assert_ptr_nonnull(strstr(example, active));
+    tensor_table_free(&table);
+    free(text);
+}
+END_TEST
+
+// --- Editing by hand -----------------------------------------------------------------------------
 
 #define ROUTER                                                                                     \
     "{\"gate\": \"softmax\", \"gate_scale\": 1, \"input\": \"normed\", \"init_std\": 0.02}"
@@ -249,8 +288,7 @@ START_TEST(no_file_has_too_many_blocks) {
 }
 END_TEST
 
-// --- The model it leads to
-// ------------------------------------------------------------------------
+// --- The model it leads to -----------------------------------------------------------------------
 
 START_TEST(the_target_has_the_planned_layers) {
     ModelConfig source = small_config(12), target;
@@ -288,18 +326,6 @@ START_TEST(sources_that_do_not_fit_are_refused) {
                     "straight_through");
 }
 END_TEST
-
-// Qwen2.5-0.5B: 24 layers, hidden 896, 14 query and 2 key/value heads of 64, MLP 4864.
-static ModelConfig qwen_half_billion(void) {
-    ModelConfig c = small_config(24);
-    c.hidden_size = 896;
-    c.num_heads = 14;
-    c.num_kv_heads = 2;
-    c.head_dim = 64;
-    c.intermediate_size = 4864;
-    c.vocab_size = 151936;
-    return c;
-}
 
 START_TEST(the_papers_sizes_come_out) {
     const struct {
@@ -349,7 +375,7 @@ START_TEST(the_text_says_what_happens) {
 END_TEST
 
 TEST_MAIN("fusion_plan", TEST(a_written_plan_reads_back), TEST(the_file_lists_parameter_counts),
-          TEST(hand_written_plans_are_read), TEST(every_wrong_edit_is_named),
-          TEST(no_file_has_too_many_blocks), TEST(the_target_has_the_planned_layers),
-          TEST(sources_that_do_not_fit_are_refused), TEST(the_papers_sizes_come_out),
-          TEST(the_text_says_what_happens))
+          TEST(the_documented_example_is_right), TEST(hand_written_plans_are_read),
+          TEST(every_wrong_edit_is_named), TEST(no_file_has_too_many_blocks),
+          TEST(the_target_has_the_planned_layers), TEST(sources_that_do_not_fit_are_refused),
+          TEST(the_papers_sizes_come_out), TEST(the_text_says_what_happens))

@@ -60,8 +60,7 @@ START_TEST(score_is_the_mean_of_its_followers) {
 }
 END_TEST
 
-// --- threshold
-// ------------------------------------------------------------------------------------
+// --- threshold -----------------------------------------------------------------------------------
 
 static const FusionOptions THRESHOLD = {.select = SELECT_THRESHOLD,
                                         .delta = 0.1,
@@ -139,8 +138,7 @@ START_TEST(threshold_breaks_ties_by_depth) {
 }
 END_TEST
 
-// --- budget
-// ---------------------------------------------------------------------------------------
+// --- budget --------------------------------------------------------------------------------------
 
 typedef struct Search {
     const FusionOptions *options;
@@ -293,8 +291,7 @@ START_TEST(the_deepest_model_is_searched) {
 }
 END_TEST
 
-// --- manual
-// ---------------------------------------------------------------------------------------
+// --- manual --------------------------------------------------------------------------------------
 
 static Status select_manual_text(const char *text, FusionPlan *plan) {
     FusionOptions options = {

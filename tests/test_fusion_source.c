@@ -171,8 +171,7 @@ START_TEST(routers_are_drawn_by_name_and_seed) {
 }
 END_TEST
 
-// --- Drop-Upcycling and noise
-// ---------------------------------------------------------------------
+// --- Drop-Upcycling and noise --------------------------------------------------------------------
 
 enum { WIDTH = 48, HIDDEN = 32 }; // of small_config
 
@@ -286,8 +285,7 @@ START_TEST(noise_is_relative_to_the_matrix) {
 }
 END_TEST
 
-// --- Reading in pieces
-// ------------------------------------------------------------------------------
+// --- Reading in pieces ---------------------------------------------------------------------------
 
 static void assert_pieces(TensorSource *source, const Tensor *tensor, uint64_t seed) {
     size_t bytes = (size_t)tensor->count * sizeof(float);
@@ -349,8 +347,7 @@ START_TEST(order_of_reading_does_not_matter) {
 }
 END_TEST
 
-// --- Failures
-// ---------------------------------------------------------------------------------------
+// --- Failures ------------------------------------------------------------------------------------
 
 static Status broken_read(TensorSource *source, const Tensor *tensor, int64_t first, int64_t count,
                           float *out) {

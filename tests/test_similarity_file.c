@@ -71,8 +71,7 @@ START_TEST(impossible_shapes_are_refused) {
 }
 END_TEST
 
-// --- Damage
-// ---------------------------------------------------------------------------------------
+// --- Damage --------------------------------------------------------------------------------------
 
 static char *read_saved(size_t *bytes) {
     Similarity s = example(4, 2);
@@ -117,8 +116,7 @@ START_TEST(damaged_files_are_refused) {
 }
 END_TEST
 
-// --- Files with a right hash and wrong content
-// ----------------------------------------------------
+// --- Files with a right hash and wrong content ---------------------------------------------------
 
 static void put_hash(char *data, size_t bytes) {
     char hex[HASH_HEX_SIZE];
