@@ -1,0 +1,279 @@
+// The expert MLPs, dropless and without padding.
+//
+// Rows (token, choice) stand grouped by expert, so that each expert's products run on a contiguous
+// block of exactly its rows. The gate is put into the activation, A' = g·silu(gate)·up: the down
+// product then gives the weighted output directly, and out[t] is the plain sum of t's rows, found
+// through row_of_slot, without atomics. Backward, with d' = doutᵀ's rows times down:
+//   dgate_value = Σ d'·silu(gate)·up,   d(gate), d(up) from g·d',   grad_down += doutᵀ·A'
+// so the expert outputs need not be kept.
+#include <string.h>
+#include "cpu/cpu.h"
+#include "cpu/gemm.h"
+#include "cpu/swiglu.h"
+
+typedef struct MoeScratch {
+    float *x;             // (R, H) rows of x by expert; R = T*k
+    float *activation;    // (R, I) with the gate inside
+    float *rows;          // (R, H) forward: weighted expert outputs; backward: dx by row
+    float *dout;          // (R, H) rows of dout by expert
+    float *dgate_up;      // (R, 2I)
+    float *dgate;         // (R, across) partial sums over the tiles of I
+    int64_t *inner_begin; // (N+1) first tile of each expert
+    int64_t *hidden_begin;
+} MoeScratch;
+
+// The rows of every expert times `columns` columns, cut into tiles that never mix experts.
+typedef struct ExpertGrid {
+    const int32_t *expert_begin;
+    int num_experts;
+    int64_t columns;
+    const int64_t *first_tile; // (N+1)
+} ExpertGrid;
+
+static TileGrid grid_of_expert(const ExpertGrid *grid, int expert) {
+    const int64_t rows = grid->expert_begin[expert + 1] - grid->expert_begin[expert];
+    return tile_grid(1, rows, grid->columns);
+}
+
+static ExpertGrid expert_grid(const MoeFfnArgs *args, int64_t columns, int64_t *first_tile) {
+    ExpertGrid grid = {args->routing.expert_begin, args->num_experts, columns, first_tile};
+    first_tile[0] = 0;
+    for (int e = 0; e < args->num_experts; e++)
+        first_tile[e + 1] = first_tile[e] + grid_of_expert(&grid, e).count;
+    return grid;
+}
+
+// Tile `index`, its row counted from the first row of all experts.
+static Tile expert_tile(const ExpertGrid *grid, int64_t index, int *expert) {
+    int e = 0;
+    while (grid->first_tile[e + 1] <= index) e++;
+    const TileGrid tiles = grid_of_expert(grid, e);
+    Tile tile = tile_at(&tiles, index - grid->first_tile[e]);
+    tile.row += grid->expert_begin[e];
+    *expert = e;
+    return tile;
+}
+
+// How many tiles lie side by side over I: the same for every expert with rows.
+static int64_t tiles_across(const MoeFfnArgs *args) {
+    return tile_grid(1, 1, args->intermediate_size).across;
+}
+
+static void moe_layout(const MoeFfnArgs *args, Workspace *workspace, MoeScratch *out) {
+    const int64_t rows = args->tokens * args->top_k;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const size_t counts = ((size_t)args->num_experts + 1) * sizeof(int64_t);
+    out->inner_begin = workspace_take(workspace, counts);
+    out->hidden_begin = workspace_take(workspace, counts);
+    out->x = workspace_floats(workspace, rows * hidden);
+    out->activation = workspace_floats(workspace, rows * inner);
+    out->rows = workspace_floats(workspace, rows * hidden);
+    out->dout = workspace_floats(workspace, rows * hidden);
+    out->dgate_up = workspace_floats(workspace, rows * 2 * inner);
+    out->dgate = workspace_floats(workspace, rows * tiles_across(args));
+}
+
+size_t cpu_moe_ffn_workspace(const Backend *backend, const MoeFfnArgs *args) {
+    (void)backend;
+    Workspace counter = {NULL, 0};
+    MoeScratch unused;
+    moe_layout(args, &counter, &unused);
+    return counter.used;
+}
+
+static const float *expert_gate_up(const MoeFfnArgs *args, int expert) {
+    return (const float *)args->weight_gate_up +
+           (int64_t)expert * 2 * args->intermediate_size * args->hidden_size;
+}
+
+static const float *expert_down(const MoeFfnArgs *args, int expert) {
+    return (const float *)args->weight_down +
+           (int64_t)expert * args->hidden_size * args->intermediate_size;
+}
+
+// to[row] = from[token of row] for the rows [begin, end).
+static void gather_rows(const MoeFfnArgs *args, const float *from, int64_t begin, int64_t end,
+                        float *to) {
+    const int64_t hidden = args->hidden_size;
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t token = args->routing.slot_of_row[row] / args->top_k;
+        memcpy(to + row * hidden, from + token * hidden, (size_t)hidden * sizeof(float));
+    }
+}
+
+// out[t] = Σ_j rows[row of (t, j)], in the order of j.
+static void combine_token(const MoeFfnArgs *args, const float *rows, int64_t t, float *out) {
+    const int64_t hidden = args->hidden_size;
+    const int32_t *row_of = args->routing.row_of_slot + t * args->top_k;
+    float *to = out + t * hidden;
+    memcpy(to, rows + row_of[0] * hidden, (size_t)hidden * sizeof(float));
+    for (int j = 1; j < args->top_k; j++) {
+        const float *from = rows + row_of[j] * hidden;
+#pragma omp simd
+        for (int64_t h = 0; h < hidden; h++) to[h] += from[h];
+    }
+}
+
+static void forward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch, int expert,
+                               const Tile *tile) {
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const float *x = scratch->x + tile->row * hidden;
+    const float *weight = expert_gate_up(args, expert) + tile->column * hidden;
+    float *gate = (float *)args->gate_up + tile->row * 2 * inner + tile->column;
+    if (tile->columns == inner) { // gate and up are one matrix
+        gemm_nt(tile->rows, 2 * inner, hidden, 1.0f, x, hidden, weight, hidden, 0.0f, gate,
+                2 * inner);
+    } else {
+        gemm_nt(tile->rows, tile->columns, hidden, 1.0f, x, hidden, weight, hidden, 0.0f, gate,
+                2 * inner);
+        gemm_nt(tile->rows, tile->columns, hidden, 1.0f, x, hidden, weight + inner * hidden, hidden,
+                0.0f, gate + inner, 2 * inner);
+    }
+    for (int64_t r = 0; r < tile->rows; r++) {
+        const float weight_of_row = args->routing.gate[args->routing.slot_of_row[tile->row + r]];
+        swiglu_forward_row(gate + r * 2 * inner, gate + r * 2 * inner + inner, weight_of_row,
+                           tile->columns,
+                           scratch->activation + (tile->row + r) * inner + tile->column);
+    }
+}
+
+Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
+    Workspace workspace = workspace_open(backend);
+    MoeScratch scratch;
+    moe_layout(args, &workspace, &scratch);
+    WORKSPACE_FITS(backend, workspace);
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t rows = args->tokens * args->top_k;
+    const int parts = backend->num_threads;
+    const ExpertGrid inner_grid = expert_grid(args, inner, scratch.inner_begin);
+    const ExpertGrid hidden_grid = expert_grid(args, hidden, scratch.hidden_begin);
+#pragma omp parallel num_threads(parts)
+    {
+#pragma omp for schedule(static)
+        for (int p = 0; p < parts; p++)
+            gather_rows(args, args->x, part_begin(rows, parts, p), part_begin(rows, parts, p + 1),
+                        scratch.x);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < inner_grid.first_tile[args->num_experts]; i++) {
+            int expert;
+            const Tile tile = expert_tile(&inner_grid, i, &expert);
+            forward_inner_tile(args, &scratch, expert, &tile);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < hidden_grid.first_tile[args->num_experts]; i++) {
+            int expert;
+            const Tile tile = expert_tile(&hidden_grid, i, &expert);
+            gemm_nt(tile.rows, tile.columns, inner, 1.0f, scratch.activation + tile.row * inner,
+                    inner, expert_down(args, expert) + tile.column * inner, inner, 0.0f,
+                    scratch.rows + tile.row * hidden + tile.column, hidden);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < args->tokens; t++) combine_token(args, scratch.rows, t, args->out);
+    }
+    return STATUS_OK;
+}
+
+// dgate_up, the activation and this tile's share of dgate.
+static void backward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch, int expert,
+                                const Tile *tile, int64_t across, int64_t column_tile) {
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const float *gate = (const float *)args->gate_up + tile->row * 2 * inner + tile->column;
+    float *dgate = scratch->dgate_up + tile->row * 2 * inner + tile->column;
+    gemm_nn(tile->rows, tile->columns, hidden, 1.0f, scratch->dout + tile->row * hidden, hidden,
+            expert_down(args, expert) + tile->column, inner, 0.0f, dgate, 2 * inner);
+    for (int64_t r = 0; r < tile->rows; r++) {
+        const int64_t row = tile->row + r;
+        const float weight = args->routing.gate[args->routing.slot_of_row[row]];
+        float *d = dgate + r * 2 * inner;
+        scratch->dgate[row * across + column_tile] = swiglu_backward_row(
+            gate + r * 2 * inner, gate + r * 2 * inner + inner, weight, tile->columns, d, d,
+            d + inner, scratch->activation + row * inner + tile->column);
+    }
+}
+
+typedef struct LastGrids {
+    TileGrid gate_up, down; // of one expert's weight gradients
+    ExpertGrid dx;
+    int64_t count;
+} LastGrids;
+
+// The products that need dgate_up and the activation complete: both weight gradients of every
+// expert, then dx by row.
+static void last_product_tile(const MoeFfnArgs *args, const MoeScratch *scratch,
+                              const LastGrids *grids, int64_t index) {
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t per_expert = grids->gate_up.count + grids->down.count;
+    if (index >= per_expert * args->num_experts) {
+        int expert;
+        const Tile tile = expert_tile(&grids->dx, index - per_expert * args->num_experts, &expert);
+        gemm_nn(tile.rows, tile.columns, 2 * inner, 1.0f, scratch->dgate_up + tile.row * 2 * inner,
+                2 * inner, expert_gate_up(args, expert) + tile.column, hidden, 0.0f,
+                scratch->rows + tile.row * hidden + tile.column, hidden);
+        return;
+    }
+    const int64_t expert = index / per_expert, begin = args->routing.expert_begin[expert];
+    const int64_t rows = args->routing.expert_begin[expert + 1] - begin;
+    if (rows == 0) return;
+    index %= per_expert;
+    if (index < grids->gate_up.count) {
+        const Tile tile = tile_at(&grids->gate_up, index);
+        gemm_tn(
+            tile.rows, tile.columns, rows, 1.0f, scratch->dgate_up + begin * 2 * inner + tile.row,
+            2 * inner, scratch->x + begin * hidden + tile.column, hidden, 1.0f,
+            (float *)args->grad_gate_up + (expert * 2 * inner + tile.row) * hidden + tile.column,
+            hidden);
+        return;
+    }
+    const Tile tile = tile_at(&grids->down, index - grids->gate_up.count);
+    gemm_tn(tile.rows, tile.columns, rows, 1.0f, scratch->dout + begin * hidden + tile.row, hidden,
+            scratch->activation + begin * inner + tile.column, inner, 1.0f,
+            (float *)args->grad_down + (expert * hidden + tile.row) * inner + tile.column, inner);
+}
+
+// dx and dgate of one token from its rows.
+static void finish_token(const MoeFfnArgs *args, const MoeScratch *scratch, int64_t across,
+                         int64_t t) {
+    combine_token(args, scratch->rows, t, args->dx);
+    for (int j = 0; j < args->top_k; j++) {
+        const int64_t slot = t * args->top_k + j;
+        const float *partial = scratch->dgate + args->routing.row_of_slot[slot] * across;
+        double sum = 0;
+        for (int64_t i = 0; i < across; i++) sum += partial[i];
+        args->dgate[slot] = (float)sum;
+    }
+}
+
+Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) {
+    Workspace workspace = workspace_open(backend);
+    MoeScratch scratch;
+    moe_layout(args, &workspace, &scratch);
+    WORKSPACE_FITS(backend, workspace);
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t rows = args->tokens * args->top_k, across = tiles_across(args);
+    const int parts = backend->num_threads, experts = args->num_experts;
+    const ExpertGrid inner_grid = expert_grid(args, inner, scratch.inner_begin);
+    LastGrids last = {tile_grid(1, 2 * inner, hidden), tile_grid(1, hidden, inner),
+                      expert_grid(args, hidden, scratch.hidden_begin), 0};
+    last.count = (last.gate_up.count + last.down.count) * experts + last.dx.first_tile[experts];
+#pragma omp parallel num_threads(parts)
+    {
+#pragma omp for schedule(static)
+        for (int p = 0; p < parts; p++) {
+            const int64_t begin = part_begin(rows, parts, p), end = part_begin(rows, parts, p + 1);
+            gather_rows(args, args->x, begin, end, scratch.x);
+            gather_rows(args, args->dout, begin, end, scratch.dout);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < inner_grid.first_tile[experts]; i++) {
+            int expert;
+            const Tile tile = expert_tile(&inner_grid, i, &expert);
+            backward_inner_tile(args, &scratch, expert, &tile, across,
+                                (i - inner_grid.first_tile[expert]) % across);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < last.count; i++) last_product_tile(args, &scratch, &last, i);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < args->tokens; t++) finish_token(args, &scratch, across, t);
+    }
+    return STATUS_OK;
+}
