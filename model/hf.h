@@ -16,6 +16,8 @@ typedef struct HfWriteOptions {
     uint64_t max_shard_bytes; // 0 = one file
     const char *copy_from;    // directory whose tokenizer and generation files are copied, or
                               // NULL
+    const char *tokenizer_id; // of the training data, or NULL: with TOKENIZER_BYTES_ID, which
+                              // has no files to copy, its marker file is written
     void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes); // or NULL
     void *context;
 } HfWriteOptions;
@@ -35,5 +37,7 @@ Status hf_write(const char *directory, TensorSource *source,
 // scripts/prepare_data.py does (docs/formats.md); "" when the directory has no tokenizer files.
 enum { TOKENIZER_ID_SIZE = 65 };
 Status hf_tokenizer_id(const char *directory, char out[TOKENIZER_ID_SIZE]) NODISCARD;
+// Of the bytes tokenizer: SHA-256 of "dense2moe-bytes-v1".
+#define TOKENIZER_BYTES_ID "1c937cda051e406cb170168253e013168e7f8a4152778b4230b61d101b2e90f4"
 
 #endif

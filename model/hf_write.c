@@ -243,6 +243,17 @@ static Status copy_files(const Export *export) {
     return STATUS_OK;
 }
 
+// The bytes tokenizer is its identity.
+static Status write_tokenizer_marker(const Export *export) {
+    static const char text[] = "{\"type\": \"bytes\"}\n";
+    const char *id = export->options->tokenizer_id;
+    char path[IO_PATH_MAX];
+    if (!id || strcmp(id, TOKENIZER_BYTES_ID) != 0) return STATUS_OK;
+    TRY(io_path(path, "%s/dense2moe_tokenizer.json", export->temp));
+    TRY(io_write_file_atomic(path, text, sizeof text - 1));
+    return STATUS_OK;
+}
+
 static Status write_generation_config(const Export *export) {
     const ModelConfig *config = export->source->config;
     char path[IO_PATH_MAX];
@@ -324,6 +335,7 @@ static Status write_all(Export *export) {
     TRY(write_index(export));
     TRY(write_config(export));
     TRY(copy_files(export));
+    TRY(write_tokenizer_marker(export));
     TRY(write_generation_config(export));
     TRY(publish(export));
     return STATUS_OK;

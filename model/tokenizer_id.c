@@ -11,8 +11,7 @@ enum { MAX_MARKER_BYTES = 4096 };
 _Static_assert((int)TOKENIZER_ID_SIZE == (int)SHA256_HEX_SIZE, "an identity is a SHA-256");
 
 // The bytes tokenizer has no vocabulary file; a marker names it.
-static Status bytes_identity(const char *path, Sha256 *sha) {
-    static const char identity[] = "dense2moe-bytes-v1";
+static Status check_marker(const char *path) {
     json_t *root;
     char type[32];
     TRY(json_read_file(path, MAX_MARKER_BYTES, &root));
@@ -23,7 +22,6 @@ static Status bytes_identity(const char *path, Sha256 *sha) {
     if (strcmp(type, "bytes") != 0 || keys != 1)
         FAIL(STATUS_BAD_DATA, "%s: expected {\"type\": \"bytes\"}, found type \"%s\" of %zu keys",
              path, type, keys);
-    sha256_update(sha, identity, sizeof identity - 1);
     return STATUS_OK;
 }
 
@@ -33,12 +31,15 @@ Status hf_tokenizer_id(const char *directory, char out[TOKENIZER_ID_SIZE]) {
     TRY(io_path(single, "%s/tokenizer.json", directory));
     TRY(io_path(vocab, "%s/vocab.json", directory));
     TRY(io_path(merges, "%s/merges.txt", directory));
+    if (io_exists(marker)) {
+        TRY(check_marker(marker));
+        memcpy(out, TOKENIZER_BYTES_ID, TOKENIZER_ID_SIZE);
+        return STATUS_OK;
+    }
     Sha256 sha;
     sha256_begin(&sha);
     out[0] = '\0';
-    if (io_exists(marker)) {
-        TRY(bytes_identity(marker, &sha));
-    } else if (io_exists(single)) {
+    if (io_exists(single)) {
         TRY(sha256_update_file(&sha, single));
     } else if (io_exists(vocab) && io_exists(merges)) {
         TRY(sha256_update_file(&sha, vocab));

@@ -244,6 +244,12 @@ START_TEST(tokenizer_files_travel) {
     check_text(in_directory("%s", "child/generation_config.json"), "{\"top_p\": 0.8}");
     ck_assert(!io_exists(in_directory("%s", "child/notes.txt")));
     ck_assert(!io_exists(in_directory("%s", "child/merges.txt")));
+
+    char id[TOKENIZER_ID_SIZE];
+    options = (HfWriteOptions){.dtype = DTYPE_BF16, .tokenizer_id = TOKENIZER_BYTES_ID};
+    export_model(in_directory("%s", "bytes"), &config, &options);
+    ck_assert_ok(hf_tokenizer_id(in_directory("%s", "bytes"), id));
+    ck_assert_str_eq(id, TOKENIZER_BYTES_ID);
 }
 END_TEST
 
