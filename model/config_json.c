@@ -409,18 +409,18 @@ static void set_family(Builder *b, const ModelConfig *c, const ModelType *type) 
 
 static void set_experts(Builder *b, const ModelConfig *c, const ModelType *type) {
     json_t *dense = json_array();
-    int first = -1;
+    LayerConfig experts = {0, 0}; // of every MoE layer
     for (int l = 0; l < c->num_layers; l++) {
         if (config_layer_is_moe(c, l)) {
-            if (first < 0) first = l;
+            experts = c->layers[l];
         } else if (json_array_append_new(dense, json_integer(l)) != 0) {
             b->failed = true;
         }
     }
     set(b, "mlp_only_layers", dense);
     set_int(b, "decoder_sparse_step", 1);
-    set_int(b, "num_experts", c->layers[first].num_experts);
-    set_int(b, "num_experts_per_tok", c->layers[first].top_k);
+    set_int(b, "num_experts", experts.num_experts);
+    set_int(b, "num_experts_per_tok", experts.top_k);
     set_int(b, "moe_intermediate_size", c->moe_intermediate_size);
     set_bool(b, "norm_topk_prob", c->router.gate != GATE_SOFTMAX);
     set_bool(b, "output_router_logits", false);

@@ -123,7 +123,7 @@ static int by_value(const void *a, const void *b) {
 }
 
 static void compare(const float *trained, const float *exported, int64_t vocab, ExportCheck *out) {
-    double errors[CHECK_TOKENS];
+    double errors[CHECK_TOKENS] = {0};
     int64_t same = 0;
     for (int64_t t = 0; t < out->tokens; t++) {
         const float *a = trained + t * vocab, *b = exported + t * vocab;
