@@ -1,0 +1,274 @@
+// An interrupted run ends where an uninterrupted one does: the same losses in the log, the same
+// weights and optimizer state to the bit, whatever interrupted it and how often.
+#include "tests/tiny_run.h"
+
+#include <time.h>
+
+// The reference of all tests below: the main job without an interruption.
+static void prepare_reference(void) {
+    tiny_prepare();
+    Recipe whole = tiny_moe_recipe("whole");
+    expect_exit(&whole, NULL, STATUS_OK);
+}
+
+// --- Killed at any moment ------------------------------------------------------------------------
+
+// Starts the run again and again, killing it after up to `limit_us`, until it gets to its end.
+// Returns how often it was killed.
+static int finish_under_fire(const Recipe *recipe, uint64_t seed, int64_t limit_us) {
+    int killed = 0;
+    for (uint64_t attempt = 0;; attempt++) {
+        ck_assert_int_lt(attempt, 200);
+        int64_t after = (int64_t)(random_u64(seed, 1, attempt) % (uint64_t)limit_us);
+        pid_t child = tiny_start(recipe, NULL);
+        struct timespec pause = {after / 1000000, after % 1000000 * 1000};
+        nanosleep(&pause, NULL);
+        kill(child, SIGKILL);
+        int code = tiny_wait(child);
+        if (code == STATUS_OK) return killed;
+        // Three kills before the first checkpoint look like a crash loop; whoever starts the run
+        // again after that refusal has looked into it.
+        ck_assert_msg(code == 128 + SIGKILL || code == STATUS_NO_PROGRESS, "ended with %d: %s",
+                      code, tiny_message(recipe->run_name));
+        killed += code == 128 + SIGKILL;
+    }
+}
+
+static int64_t elapsed_us(const struct timespec *start) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (now.tv_sec - start->tv_sec) * 1000000 + (now.tv_nsec - start->tv_nsec) / 1000;
+}
+
+START_TEST(killed_at_random_moments) {
+    prepare_reference();
+    struct timespec start;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    Recipe timed = tiny_moe_recipe("timed");
+    expect_exit(&timed, NULL, STATUS_OK);
+    int64_t whole_us = elapsed_us(&start);
+    expect_same_run("whole", "timed"); // deterministic to begin with
+    int killed = 0;
+    for (int round = 0; killed < 12 && round < 12; round++) {
+        char name[32];
+        snprintf(name, sizeof name, "killed%d", round);
+        Recipe recipe = tiny_moe_recipe(name);
+        killed += finish_under_fire(&recipe, 100 + (uint64_t)round, whole_us);
+        expect_same_run("whole", name);
+    }
+    ck_assert_int_ge(killed, 10);
+}
+END_TEST
+
+// --- At a chosen file operation ------------------------------------------------------------------
+
+typedef struct Trigger {
+    long number, calls; // acts at this operation, counted from 1
+    int signals[2];     // raised one after the other; 0 = none
+} Trigger;
+
+static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
+    Trigger *trigger = context;
+    (void)op, (void)path, (void)bytes;
+    // Two threads do I/O; which of them hits the number does not matter.
+    if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) != trigger->number) return 0;
+    for (int i = 0; i < 2; i++)
+        if (trigger->signals[i]) kill(getpid(), trigger->signals[i]);
+    return 0;
+}
+
+// How many operations an uninterrupted run makes, counted by the child through a shared page.
+static long count_operations(void) {
+    char path[IO_PATH_MAX];
+    Recipe recipe = tiny_moe_recipe("counted");
+    snprintf(path, sizeof path, "%s/counted.operations", tiny_runs_);
+    pid_t child = fork();
+    ck_assert_int_ge(child, 0);
+    if (child == 0) {
+        Trigger trigger = {.number = -1};
+        RunOptions options = {.resume = RESUME_AUTO};
+        io_set_hook(on_operation, &trigger);
+        Status status = run_training(&recipe, &options);
+        FILE *file = fopen(path, "w");
+        if (!file || fprintf(file, "%ld", trigger.calls) < 0 || fclose(file) != 0) _exit(99);
+        _exit(status);
+    }
+    ck_assert_int_eq(tiny_wait(child), STATUS_OK);
+    FILE *file = fopen(path, "r");
+    long count = 0;
+    ck_assert_ptr_nonnull(file);
+    ck_assert_int_eq(fscanf(file, "%ld", &count), 1);
+    fclose(file);
+    return count;
+}
+
+// Kills during saves, evaluations, log lines and the export, wherever the random number falls.
+START_TEST(killed_at_random_operations) {
+    prepare_reference();
+    long operations = count_operations();
+    ck_assert_int_gt(operations, 500);
+    for (uint64_t round = 0; round < 16; round++) {
+        char name[32];
+        snprintf(name, sizeof name, "operation%d", (int)round);
+        Recipe recipe = tiny_moe_recipe(name);
+        Trigger trigger = {.number = 1 + (long)(random_u64(9, 1, round) % (uint64_t)operations),
+                           .signals = {SIGKILL}};
+        TinyRun run = {.hook = on_operation, .context = &trigger};
+        int code = tiny_train(&recipe, &run);
+        ck_assert_msg(code == 128 + SIGKILL || code == STATUS_OK, "operation %ld: %d",
+                      trigger.number, code);
+        expect_exit(&recipe, NULL, STATUS_OK);
+        expect_same_run("whole", name);
+    }
+}
+END_TEST
+
+// --- Asked to stop -------------------------------------------------------------------------------
+
+START_TEST(stop_signals_save_and_the_same_command_continues) {
+    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    char hex[HASH_HEX_SIZE];
+    prepare_reference();
+    long operations = count_operations();
+    int stopped = 0;
+    for (int round = 0; round < 9; round++) {
+        char name[32];
+        snprintf(name, sizeof name, "stopped%d", round);
+        Recipe recipe = tiny_moe_recipe(name);
+        recipe.checkpoint_every = 0; // only the signal saves
+        Trigger trigger = {.number = operations * (round + 1) / 12,
+                           .signals = {signals[round % 3]}};
+        TinyRun run = {.hook = on_operation, .context = &trigger};
+        int code = tiny_train(&recipe, &run);
+        ck_assert_msg(code == STATUS_PREEMPTED || code == STATUS_OK, "%d", code);
+        if (code == STATUS_PREEMPTED) {
+            expect_message(&recipe, "the same command continues");
+            // Before the first step there is nothing to save.
+            if (io_exists(tiny_run_path(name, "log.jsonl")) &&
+                json_array_size(tiny_log(name, "step")) > 0) {
+                ck_assert_int_gt(tiny_newest(name, "state.json", hex), 0);
+                stopped++;
+            }
+        }
+        expect_exit(&recipe, NULL, STATUS_OK);
+        expect_same_run("whole", name);
+    }
+    ck_assert_int_ge(stopped, 3);
+}
+END_TEST
+
+START_TEST(second_signal_ends_the_process_at_once) {
+    tiny_prepare();
+    Recipe recipe = tiny_moe_recipe("twice");
+    Trigger trigger = {.number = 200, .signals = {SIGTERM, SIGTERM}};
+    TinyRun run = {.hook = on_operation, .context = &trigger};
+    ck_assert_int_eq(tiny_train(&recipe, &run), 128 + SIGTERM);
+    expect_exit(&recipe, NULL, STATUS_OK);
+}
+END_TEST
+
+// --- All of the state ----------------------------------------------------------------------------
+
+// Selection bias, micro balance, z-loss, master weights beside bf16 files: what the runs above do
+// not carry from step to step.
+START_TEST(every_option_that_has_state_survives) {
+    tiny_prepare();
+    char name[32];
+    for (int variant = 0; variant < 3; variant++) {
+        for (int interrupted = 0; interrupted < 2; interrupted++) {
+            snprintf(name, sizeof name, "variant%d_%d", variant, interrupted);
+            Recipe recipe = tiny_moe_recipe(name);
+            recipe.export_hf = variant != 0; // a selection bias has no Hugging Face form
+            if (variant == 0) tiny_set(&recipe, "router.balance_bias=true");
+            if (variant == 1) tiny_set(&recipe, "router.balance=micro");
+            if (variant == 1) tiny_set(&recipe, "data.mask_documents=true");
+            if (variant == 2) tiny_set(&recipe, "router.gate=straight_through");
+            if (variant == 2) tiny_set(&recipe, "router.z_weight=1e-3");
+            if (variant == 2) tiny_set(&recipe, "optim.schedule=wsd");
+            if (variant == 2) tiny_set(&recipe, "optim.decay_steps=10");
+            if (interrupted) {
+                Trigger trigger = {.number = 600, .signals = {SIGKILL}};
+                TinyRun run = {.hook = on_operation, .context = &trigger};
+                ck_assert_int_eq(tiny_train(&recipe, &run), 128 + SIGKILL);
+            }
+            expect_exit(&recipe, NULL, STATUS_OK);
+        }
+        char whole[32];
+        snprintf(whole, sizeof whole, "variant%d_0", variant);
+        expect_same_run(whole, name);
+    }
+}
+END_TEST
+
+// --- Continuing on purpose -----------------------------------------------------------------------
+
+START_TEST(a_finished_run_says_so_and_a_longer_one_goes_on) {
+    char before[HASH_HEX_SIZE], after[HASH_HEX_SIZE];
+    prepare_reference();
+    Recipe recipe = tiny_moe_recipe("whole");
+    ck_assert_int_eq(tiny_newest("whole", MANIFEST_NAME, before), TINY_STEPS);
+    expect_exit(&recipe, NULL, STATUS_OK);
+    ck_assert_int_eq(tiny_newest("whole", MANIFEST_NAME, after), TINY_STEPS);
+    ck_assert_str_eq(before, after);
+    // An export that is gone is made again, without training.
+    ck_assert_ok(io_remove_tree(tiny_run_path("whole", "export")));
+    expect_exit(&recipe, NULL, STATUS_OK);
+    ck_assert(io_exists(tiny_run_path("whole", "export/config.json")));
+    ck_assert_int_eq(tiny_newest("whole", MANIFEST_NAME, after), TINY_STEPS);
+    ck_assert_str_eq(before, after);
+    recipe.train_steps = TINY_STEPS + 7;
+    expect_exit(&recipe, NULL, STATUS_OK);
+    ck_assert_int_eq(tiny_newest("whole", MANIFEST_NAME, after), TINY_STEPS + 7);
+}
+END_TEST
+
+START_TEST(resume_from_a_given_checkpoint_takes_the_other_course_away) {
+    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    prepare_reference();
+    // Another run continues this one's last but one checkpoint, to the same end.
+    ck_assert_ok(checkpoint_path(tiny_run_path("whole", "checkpoints"), 36, path));
+    Recipe recipe = tiny_moe_recipe("branch");
+    TinyRun from = {.options = {.resume = RESUME_FROM, .resume_path = path}};
+    expect_exit(&recipe, &from, STATUS_OK);
+    const char *optimizer = "optimizer-00000-of-00001.safetensors";
+    char whole[HASH_HEX_SIZE];
+    ck_assert_int_eq(tiny_newest("branch", optimizer, hex), TINY_STEPS);
+    tiny_newest("whole", optimizer, whole);
+    ck_assert_str_eq(hex, whole);
+    // The same command again: the run has started from there already, and is finished.
+    expect_exit(&recipe, &from, STATUS_OK);
+    ck_assert_uint_eq(tiny_count_events("branch", "checkpoint"), 1);
+
+    // Back to an earlier point of the run itself: step 40 is kept, but out of the way.
+    Recipe whole_recipe = tiny_moe_recipe("whole");
+    expect_exit(&whole_recipe, &from, STATUS_OK);
+    ck_assert_int_eq(tiny_newest("whole", optimizer, hex), TINY_STEPS);
+    ck_assert_str_eq(hex, whole);
+    snprintf(path, sizeof path, "%s",
+             tiny_run_path("whole", "checkpoints.before_attempt_2/step_00000040"));
+    ck_assert_ok(checkpoint_verify(path));
+}
+END_TEST
+
+START_TEST(never_starts_again_and_keeps_what_was_there) {
+    prepare_reference();
+    Recipe recipe = tiny_moe_recipe("again");
+    recipe.train_steps = 8;
+    expect_exit(&recipe, NULL, STATUS_OK);
+    recipe.train_steps = TINY_STEPS;
+    TinyRun never = {.options = {.resume = RESUME_NEVER}};
+    expect_exit(&recipe, &never, STATUS_OK);
+    expect_same_run("whole", "again");
+    ck_assert(io_exists(
+        tiny_run_path("again", "checkpoints.before_attempt_2/step_00000008/manifest.json")));
+    ck_assert(io_exists(tiny_run_path("again", "log.jsonl.before_attempt_2")));
+}
+END_TEST
+
+TEST_MAIN_TIMEOUT("resume", 300, TEST(killed_at_random_moments), TEST(killed_at_random_operations),
+                  TEST(stop_signals_save_and_the_same_command_continues),
+                  TEST(second_signal_ends_the_process_at_once),
+                  TEST(every_option_that_has_state_survives),
+                  TEST(a_finished_run_says_so_and_a_longer_one_goes_on),
+                  TEST(resume_from_a_given_checkpoint_takes_the_other_course_away),
+                  TEST(never_starts_again_and_keeps_what_was_there))
