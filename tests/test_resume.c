@@ -49,12 +49,15 @@ START_TEST(killed_at_random_moments) {
     int64_t whole_us = elapsed_us(&start);
     expect_same_run("whole", "timed"); // deterministic to begin with
     int killed = 0;
-    for (int round = 0; killed < 12 && round < 12; round++) {
+    for (int round = 0; killed < 12 && round < 40; round++) {
         char name[32];
         snprintf(name, sizeof name, "killed%d", round);
         Recipe recipe = tiny_moe_recipe(name);
-        killed += finish_under_fire(&recipe, 100 + (uint64_t)round, whole_us);
+        int some = finish_under_fire(&recipe, 100 + (uint64_t)round, whole_us);
         expect_same_run("whole", name);
+        killed += some;
+        // The machine is faster than it was for the timed run.
+        if (some == 0) whole_us = whole_us * 2 / 3 + 1000;
     }
     ck_assert_int_ge(killed, 10);
 }

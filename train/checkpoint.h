@@ -76,8 +76,8 @@ int64_t checkpoint_step_of(const char *path);
 // Every file of the manifest is there with its size and hash; nothing that is needed is missing.
 Status checkpoint_verify(const char *path) NODISCARD;
 Status checkpoint_read_state(const char *path, json_t **state) NODISCARD;
-// Loads weights, m and v by tensor name, from the files of any number of ranks; only the weights
-// when optimizer is NULL. Does not hash again: call checkpoint_find or checkpoint_verify before.
+// Loads weights, m and v by tensor name, from the files of any number of ranks; weights only when
+// `optimizer` is NULL. Does not hash again: call checkpoint_find or checkpoint_verify before.
 Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) NODISCARD;
 
 #endif

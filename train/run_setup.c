@@ -60,7 +60,6 @@ static Status open_model(Trainer *t, TensorSource *source) {
                                 .clip_norm = r->optim_clip_norm,
                                 .decay_embeddings = r->optim_decay_embeddings};
     TRY(prepare_model_options(r, true, &model_options));
-    TRY(memory_warn(r, t->backend, &t->config));
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
     INVARIANT(model_sums_stride(t->model) == t->state.stride);
     TRY(model_sums_create(t->model, &t->sums));
