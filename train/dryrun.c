@@ -253,8 +253,8 @@ static Status print_training(const DryRun *dry) {
     int64_t run_tokens;
     if (__builtin_mul_overflow(steps, per_step, &run_tokens)) run_tokens = INT64_MAX;
     printf("\ntraining\n");
-    printf("  tokens per step  %s (%" PRId64 " sequences of %" PRId64 ")\n",
-           grouped_text(per_step, text), recipe->train_global_batch, recipe->data_sequence_length);
+    printf("  tokens per step  %s (%" PRId64 " x %" PRId64 ")\n", grouped_text(per_step, text),
+           recipe->train_global_batch, recipe->data_sequence_length);
     printf("  steps            %s, of which %" PRId64 " warm-up\n", grouped_text(steps, text),
            recipe_warmup_steps(recipe));
     printf("  tokens           %s (%s)\n", count_text(run_tokens, total),

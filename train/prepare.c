@@ -155,11 +155,10 @@ static Status random_config(const Recipe *recipe, ModelConfig *out) {
     return status == STATUS_OK ? status : status_prefix(STATUS_USAGE, "recipe: ");
 }
 
-// config.json tells renormalised gates, but not how their gradient is taken.
+// config.json tells renormalised gates, but not that their gradient is to be straight through.
 static void apply_gate_choice(const Recipe *recipe, ModelConfig *config) {
-    bool renormalised = config->router.gate != GATE_SOFTMAX;
-    if (renormalised && recipe->router_gate != GATE_SOFTMAX)
-        config->router.gate = (RouterGate)recipe->router_gate;
+    if (config->router.gate == GATE_RENORM && recipe->router_gate == GATE_STRAIGHT_THROUGH)
+        config->router.gate = GATE_STRAIGHT_THROUGH;
 }
 
 Status prepare_seed_config(const Recipe *recipe, ModelConfig *out) {
@@ -173,7 +172,8 @@ Status prepare_seed_config(const Recipe *recipe, ModelConfig *out) {
     return STATUS_OK;
 }
 
-Status prepare_check_inputs(const Recipe *recipe) {
+// A plan that is given needs no text to be measured on.
+static Status check_inputs(const Recipe *recipe, bool with_data) {
     ModelConfig *seed = malloc(sizeof *seed);
     FusionPlan *plan = malloc(sizeof *plan);
     TensorSource *source = NULL;
@@ -181,17 +181,21 @@ Status prepare_check_inputs(const Recipe *recipe) {
     if (!seed || !plan) FAIL_GOTO(done, STATUS_INTERNAL, "no memory for the model's shape");
     TRY_GOTO(check_device(recipe), done);
     TRY_GOTO(prepare_seed_config(recipe, seed), done);
-    if (recipe->model_source[0]) TRY_GOTO(hf_open(recipe->model_source, &source), done);
     if (recipe->lfuc_enabled && plan_is_given(recipe))
         TRY_GOTO(plan_from_recipe(recipe, seed, plan), done);
     else if (recipe->lfuc_enabled)
         TRY_GOTO(plan_check_budget(recipe, seed), done);
-    TRY_GOTO(check_data(recipe, seed), done);
+    if (recipe->model_source[0]) TRY_GOTO(hf_open(recipe->model_source, &source), done);
+    if (with_data) TRY_GOTO(check_data(recipe, seed), done);
 done:
     source_close(source);
     free(plan);
     free(seed);
     return status;
+}
+
+Status prepare_check_inputs(const Recipe *recipe) {
+    return check_inputs(recipe, true);
 }
 
 // --- The model ------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ Status prepare_only(const Recipe *recipe, StopAfter stop) {
              stop == STOP_AFTER_PLAN ? "--plan-only" : "--surgery-only");
     char name[IO_PATH_MAX];
     RunDir dir;
-    TRY(prepare_check_inputs(recipe));
+    TRY(check_inputs(recipe, !plan_is_given(recipe)));
     TRY(recipe_run_name(recipe, name, sizeof name));
     TRY(rundir_open(&dir, recipe->run_directory, name));
     Status status = prepare_in(recipe, &dir, stop);

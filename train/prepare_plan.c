@@ -193,7 +193,7 @@ Status plan_of_run(const Recipe *recipe, const char *run_path, const ModelConfig
              "or give the run another name with --set run.name=NAME",
              path, changes.text);
     if (changes.text[0]) {
-        log_info("plan: the recipe has changed (%s); making the plan again", changes.text);
+        log_info("plan: the recipe has changed (%s); %s no longer holds", changes.text, path);
         return STATUS_OK;
     }
     TRY(read_plan(recipe, path, seed, out));
@@ -280,7 +280,7 @@ static Status log_plan(const FusionPlan *plan, const ModelConfig *seed) {
     TRY(fusion_plan_text(plan, seed, &text));
     for (char *line = text, *end; *line; line = end) {
         end = line + strcspn(line, "\n");
-        log_info("plan: %.*s", (int)(end - line), line);
+        log_info("%.*s", (int)(end - line), line);
         if (*end) end++;
     }
     free(text);
