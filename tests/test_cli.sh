@@ -101,7 +101,7 @@ says "225 B (225,037,516,800)" "$train" "${lfuc[@]}" --dry-run
 says "5,723, of which 9 warm-up" "$train" "${lfuc[@]}" --dry-run
 says "model                     494 M total" "$train" --recipe cpt_qwen0.5b --dry-run
 
-# --- train: installed recipes come from beside the program -----------------------------------------
+# --- train: installed recipes come from beside the program ----------------------------------------
 mkdir -p prefix/bin prefix/share/dense2moe
 cp "$train" prefix/bin/train
 printf '[train]\nsteps = 3\n' >prefix/share/dense2moe/only_installed.ini
