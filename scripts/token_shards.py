@@ -1,0 +1,231 @@
+"""Writes token shards and shards.json (docs/formats.md): what prepare_data.py and import_tokens.py share.
+
+A shard becomes visible under its name only when it is complete and on disk (temp file, fsync,
+rename), and a directory counts as token shards only once shards.json is there, which is written
+last. Equal input gives equal bytes: no time stamps, no names of machines.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import xxhash
+
+BYTES_IDENTITY = hashlib.sha256(b"dense2moe-bytes-v1").hexdigest()
+UNKNOWN_TOKENIZER = "0" * 64
+TOKENIZER_FILES = ("dense2moe_tokenizer.json", "tokenizer.json", "vocab.json", "merges.txt",
+                   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# Exit codes of all programs of the project (docs/troubleshooting.md).
+EXIT_USAGE, EXIT_BAD_DATA, EXIT_MISSING, EXIT_CANNOT_WRITE, EXIT_IO = 2, 65, 66, 73, 74
+
+
+class Failure(Exception):
+    """An error to be told in one line: what was found where, and what was expected."""
+
+    def __init__(self, message, code=EXIT_BAD_DATA):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self):  # travels between processes with its code
+        return (Failure, (self.args[0], self.code))
+
+
+def run_main(program, main):
+    """Runs main() and turns failures into one line on stderr and an exit code."""
+    try:
+        main()
+    except Failure as failure:
+        print(f"{program}: error: {failure}", file=sys.stderr)
+        sys.exit(failure.code)
+    except OSError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_IO)
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; nothing was published")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a shard says about the tokenizer that made it."""
+    identity: str    # SHA-256 hex (docs/formats.md, "Tokenizer identity")
+    vocab_size: int  # ids are below
+    eos_id: int      # -1: documents have no end token
+    files: tuple     # paths to copy beside the shards
+
+
+def sha256_of_files(paths):
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def tokenizer_identity(directory):
+    """The identity of the tokenizer in a directory, or None."""
+    directory = Path(directory)
+    if (directory / "dense2moe_tokenizer.json").exists():
+        return BYTES_IDENTITY
+    if (directory / "tokenizer.json").exists():
+        return sha256_of_files([directory / "tokenizer.json"])
+    pair = [directory / "vocab.json", directory / "merges.txt"]
+    return sha256_of_files(pair) if all(path.exists() for path in pair) else None
+
+
+def fsync_path(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary, path):
+    """Makes a finished temporary file visible as `path`, durably."""
+    fsync_path(temporary)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def hash_file(path):
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ShardSetWriter:
+    """A directory of shards that is filled document by document, then finished."""
+
+    def __init__(self, directory, tokenizer, source, shard_tokens, overwrite=False):
+        self.directory = Path(directory)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.shard_tokens = shard_tokens
+        self.dtype = np.dtype("<u2") if tokenizer.vocab_size <= 65536 else np.dtype("<u4")
+        self.shards = []
+        self.tokens = self.documents = 0
+        self._begin_shard()
+        self._prepare_directory(overwrite)
+
+    def _begin_shard(self):
+        self.parts = []       # arrays of ids
+        self.part_tokens = 0
+        self.ends = []        # arrays of places where documents end, rising
+
+    def _prepare_directory(self, overwrite):
+        manifest = self.directory / "shards.json"
+        if manifest.exists() and not overwrite:
+            raise Failure(f"{manifest} exists: choose another directory, or replace its shards "
+                          "with --overwrite", EXIT_CANNOT_WRITE)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            manifest.unlink(missing_ok=True)  # first: from here on the directory is no data set
+            for path in self.directory.glob("shard-*.h5*"):
+                path.unlink()
+        except OSError as error:
+            raise Failure(f"cannot write: {error}", EXIT_CANNOT_WRITE) from None
+
+    def append(self, ids, ends):
+        """Adds tokens; `ends` are the places in `ids` behind which a document ends. A document may
+        go on in the next call. Documents without tokens vanish."""
+        self.parts.append(ids.astype(self.dtype, copy=False))
+        self.ends.append(np.asarray(ends, dtype=np.uint64) + np.uint64(self.part_tokens))
+        self.part_tokens += len(ids)
+        # Shards end with a document, except inside one that alone fills a shard.
+        closed = len(ends) > 0 and ends[-1] == len(ids)
+        if self.part_tokens >= self.shard_tokens * (1 if closed else 2):
+            self._write_shard()
+
+    def _write_shard(self):
+        places = np.concatenate([np.array([0], np.uint64), *self.ends,
+                                 np.array([self.part_tokens], np.uint64)])
+        offsets = np.unique(places).astype("<u8")
+        path = self.directory / f"shard-{len(self.shards):05d}.h5"
+        temporary = path.with_name(path.name + ".tmp")
+        self._write_hdf5(temporary, offsets)
+        self.shards.append({"file": path.name, "bytes": temporary.stat().st_size,
+                            "xxh3_128": hash_file(temporary), "tokens": self.part_tokens,
+                            "documents": len(offsets) - 1})
+        publish(temporary, path)
+        self.tokens += self.part_tokens
+        self.documents += len(offsets) - 1
+        self._begin_shard()
+
+    def _write_hdf5(self, path, offsets):
+        with h5py.File(path, "w", libver="earliest") as file:
+            file.attrs["format"] = np.bytes_("dense2moe-shard")
+            file.attrs["version"] = np.int64(1)
+            file.attrs["vocab_size"] = np.int64(self.tokenizer.vocab_size)
+            file.attrs["tokenizer_sha256"] = np.bytes_(self.tokenizer.identity)
+            file.attrs["eos_id"] = np.int64(self.tokenizer.eos_id)
+            file.attrs["source"] = np.bytes_(self.source.encode("ascii", "replace")[:255])
+            tokens = file.create_dataset("tokens", (self.part_tokens,), self.dtype,
+                                         track_times=False)
+            at = 0
+            for part in self.parts:
+                tokens[at:at + len(part)] = part
+                at += len(part)
+            file.create_dataset("doc_offsets", data=offsets, track_times=False)
+
+    def finish(self):
+        """Writes the last shard, tokenizer files and shards.json."""
+        if self.part_tokens:
+            self._write_shard()
+        for path in self.tokenizer.files:
+            temporary = self.directory / (path.name + ".tmp")
+            shutil.copyfile(path, temporary)
+            publish(temporary, self.directory / path.name)
+        if self.tokenizer.identity == BYTES_IDENTITY:
+            self._write_json("dense2moe_tokenizer.json", {"type": "bytes"})
+        self._write_json("shards.json", {
+            "format": "dense2moe-shards", "version": 1,
+            "tokenizer_sha256": self.tokenizer.identity,
+            "vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
+            "tokens": self.tokens, "documents": self.documents, "shards": self.shards})
+
+    def _write_json(self, name, value):
+        temporary = self.directory / (name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        publish(temporary, self.directory / name)
+
+    def summary(self):
+        return (f"{self.tokens:,} tokens in {self.documents:,} documents, "
+                f"{len(self.shards)} shard{'s' if len(self.shards) != 1 else ''} in "
+                f"{self.directory}")
+
+
+class Progress:
+    """One line on stderr: rewritten on a terminal, repeated at intervals elsewhere."""
+
+    def __init__(self, program):
+        self.program = program
+        self.terminal = sys.stderr.isatty()
+        self.interval = 0.5 if self.terminal else 10
+        self.begin = time.monotonic()
+        self.last = self.begin
+
+    def seconds(self):
+        return time.monotonic() - self.begin
+
+    def show(self, fraction, text):
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return
+        self.last = now
+        left = (now - self.begin) * (1 - fraction) / fraction if fraction > 0 else 0
+        line = f"{self.program}: {100 * fraction:.0f} %, {text}, {left:.0f} s left"
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n",
+              file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
