@@ -32,6 +32,8 @@ typedef struct HfWriteOptions {
 // is never replaced.
 Status hf_write(const char *directory, TensorSource *source,
                 const HfWriteOptions *options) NODISCARD;
+// STATUS_USAGE when hf_write could not write a model of this config: asked before training it.
+Status hf_check_writable(const ModelConfig *config) NODISCARD;
 
 // SHA-256 hex (64 digits + NUL) that identifies the tokenizer of a directory, computed as
 // scripts/prepare_data.py does (docs/formats.md); "" when the directory has no tokenizer files.

@@ -368,3 +368,10 @@ done:
     free(export);
     return status;
 }
+
+Status hf_check_writable(const ModelConfig *config) {
+    json_t *root;
+    TRY(config_to_json(config, DTYPE_F32, &root));
+    json_decref(root);
+    return STATUS_OK;
+}

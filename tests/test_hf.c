@@ -200,7 +200,9 @@ START_TEST(refused_before_anything_is_written) {
     ModelConfig config = synthetic_moe(synthetic_qwen2(), 4, 1, GATE_SOFTMAX);
     HfWriteOptions options = bf16();
     KEEP(directory, in_directory("%s", "refused"));
+    ck_assert_ok(hf_check_writable(&config));
     config.router.input_is_raw = true;
+    ck_assert_fails(hf_check_writable(&config), STATUS_USAGE, "router_input = raw");
     TensorSource *source = synthetic_source(&config);
     ck_assert_fails(hf_write(directory, source, &options), STATUS_USAGE, "router_input = raw");
     source_close(source);

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 #include "base/log.h"
+#include "model/export_check.h"
 #include "model/hf.h"
 #include "train/stop_signal.h"
 
@@ -62,19 +63,40 @@ static void show_export(void *context, uint64_t done, uint64_t total) {
     log_transient("export %3.0f %%", total ? 100.0 * (double)done / (double)total : 100.0);
 }
 
+// Proves that the directory is the trained model (model/export_check.h). The optimizer and the
+// writer's snapshot have done their work and make room for the second model that this takes.
+static Status verify_export(Trainer *t, const char *path, DType written) {
+    ExportCheck check;
+    checkpoint_writer_destroy(t->writer);
+    t->writer = NULL;
+    optimizer_destroy(t->optimizer);
+    t->optimizer = NULL;
+    if (t->recipe->router_balance_bias) {
+        log_warn("export: Hugging Face models know no selection bias; the exported model chooses "
+                 "experts without it");
+        TRY(model_set_selection_bias(t->model, NULL));
+    }
+    TRY(export_verify(t->model, path, written, &check));
+    log_info("export: read back and compared on %" PRId64 " tokens: logits differ from the trained "
+             "model's by at most %.2g (%s weights), same most likely token for %.0f %%",
+             check.tokens, check.max_diff, dtype_name(written), 100 * check.top1_agreement);
+    return STATUS_OK;
+}
+
 static Status export_model(Trainer *t, const char *path) {
     const Recipe *r = t->recipe;
     TensorSource *source;
     HfWriteOptions options = {.dtype = r->export_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16,
                               .max_shard_bytes = (uint64_t)r->export_max_shard_bytes,
                               .copy_from = r->model_source[0] ? r->model_source : NULL,
+                              .tokenizer_id = t->identity.tokenizer_id,
                               .progress = show_export};
     TRY(model_source(t->model, &source));
     Status status = hf_write(path, source, &options);
     log_transient("%s", "");
     source_close(source);
     TRY(status);
-    return STATUS_OK;
+    return verify_export(t, path, options.dtype);
 }
 
 // --- The result ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/log.h"
+#include "model/hf.h"
 #include "train/memory.h"
 
 static Status open_data(Trainer *t) {
@@ -103,6 +104,7 @@ Status trainer_open(Trainer *t) {
     TRY(resume_check_recipe(t));
     TRY(resume_start_anew(t));
     TRY(prepare_model(r, t->backend, &t->dir, &t->config, &source));
+    if (r->export_hf) TRY_GOTO(hf_check_writable(&t->config), done);
     TRY_GOTO(resume_check_config(t), done);
     TRY_GOTO(open_state(t), done);
     TRY_GOTO(open_data(t), done);
