@@ -323,8 +323,8 @@ static Status check_expressible(const ModelConfig *c) {
     if (!config_has_moe(c)) return STATUS_OK;
     if (c->router.input_is_raw) {
         FAIL(STATUS_USAGE,
-             "router_input = raw cannot be exported: Hugging Face architectures route "
-             "on the normalised input; train with router_input = normed");
+             "router.input = raw cannot be exported: Hugging Face models route on the "
+             "normalised input; use router.input = normed or export.hf = false");
     }
     int first = 0;
     while (!config_layer_is_moe(c, first)) first++;
@@ -333,8 +333,9 @@ static Status check_expressible(const ModelConfig *c) {
         if (!config_layer_is_moe(c, l)) continue;
         if (a->num_experts == b->num_experts && a->top_k == b->top_k) continue;
         FAIL(STATUS_USAGE,
-             "layers %d and %d have %d and %d experts with top-k %d and %d: a Hugging Face model "
-             "needs the same in every MoE layer",
+             "layers %d and %d have %d and %d experts with top-k %d and %d, which cannot be "
+             "exported: "
+             "a Hugging Face model has the same in every MoE layer",
              first, l, a->num_experts, b->num_experts, a->top_k, b->top_k);
     }
     return STATUS_OK;

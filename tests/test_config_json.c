@@ -281,7 +281,7 @@ START_TEST(not_expressible) {
     json_t *root;
     ModelConfig config = synthetic_moe(synthetic_qwen2(), 6, 1, GATE_SOFTMAX);
     config.router.input_is_raw = true;
-    ck_assert_fails(config_to_json(&config, DTYPE_BF16, &root), STATUS_USAGE, "router_input");
+    ck_assert_fails(config_to_json(&config, DTYPE_BF16, &root), STATUS_USAGE, "router.input");
     config.router.input_is_raw = false;
     config.layers[2].num_experts = 4;
     ck_assert_fails(config_to_json(&config, DTYPE_BF16, &root), STATUS_USAGE,

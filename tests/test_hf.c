@@ -202,9 +202,9 @@ START_TEST(refused_before_anything_is_written) {
     KEEP(directory, in_directory("%s", "refused"));
     ck_assert_ok(hf_check_writable(&config));
     config.router.input_is_raw = true;
-    ck_assert_fails(hf_check_writable(&config), STATUS_USAGE, "router_input = raw");
+    ck_assert_fails(hf_check_writable(&config), STATUS_USAGE, "router.input = raw");
     TensorSource *source = synthetic_source(&config);
-    ck_assert_fails(hf_write(directory, source, &options), STATUS_USAGE, "router_input = raw");
+    ck_assert_fails(hf_write(directory, source, &options), STATUS_USAGE, "router.input = raw");
     source_close(source);
     config.router.input_is_raw = false;
     config.layers[1] = (LayerConfig){2, 1};
