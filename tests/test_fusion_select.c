@@ -110,15 +110,15 @@ START_TEST(threshold_needs_all_three_measures_of_every_follower) {
                       plan.num_blocks);
         similarity_free(&s);
     }
-    // 1+2 fails through its first follower although the second passes; 3+1 remains.
-    Similarity s = uniform(6, 2, 0, 0);
+    // 1+2 fails through its first follower although the second passes; 4+1 remains.
+    Similarity s = uniform(7, 2, 0, 0);
     set_pair(&s, 1, 2, 0.99, 0.99, 0);
-    set_pair(&s, 3, 1, 0.95, 0.95, 0);
+    set_pair(&s, 4, 1, 0.95, 0.95, 0);
     options.max_block = 2;
-    FusionPlan plan = plan_of(6, 5, 2);
+    FusionPlan plan = plan_of(7, 5, 2);
     ck_assert_ok(fusion_select(&options, &s, &plan));
     ck_assert_int_eq(plan.num_blocks, 1);
-    ck_assert_int_eq(plan.blocks[0].base, 3);
+    ck_assert_int_eq(plan.blocks[0].base, 4);
     similarity_free(&s);
 }
 END_TEST
