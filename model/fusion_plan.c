@@ -139,8 +139,8 @@ static void print_block(FILE *out, const FusionPlan *plan, const FusionBlock *bl
 
 static void print_plan(FILE *out, const FusionPlan *plan, const TensorTable *before,
                        const TensorTable *after) {
-    fprintf(out, "%d -> %d layers, %d experts, top-%d, gate %s x %g\n",
-            plan->num_source_layers, fusion_target_layers(plan), plan->num_experts, plan->top_k,
+    fprintf(out, "%d -> %d layers, %d experts, top-%d, gate %s x %g\n", plan->num_source_layers,
+            fusion_target_layers(plan), plan->num_experts, plan->top_k,
             config_gate_name(plan->router.gate), (double)plan->router.gate_scale);
     for (int i = 0; i < plan->num_blocks; i++) print_block(out, plan, &plan->blocks[i]);
     if (plan->elsewhere_copies)
