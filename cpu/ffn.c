@@ -50,9 +50,9 @@ Status cpu_ffn_forward(Backend *backend, const FfnArgs *args) {
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
     float *activation = args->activation ? args->activation : scratch.activation;
     const float *down = args->weight_down;
-    float *out = args->out;
+    float *out = args->out; // NULL: gate_up and activation only
     const TileGrid inner_grid = tile_grid(backend->num_threads, args->tokens, inner);
-    const TileGrid out_grid = tile_grid(backend->num_threads, args->tokens, hidden);
+    const TileGrid out_grid = tile_grid(backend->num_threads, args->tokens, out ? hidden : 0);
 #pragma omp parallel num_threads(backend->num_threads)
     {
 #pragma omp for schedule(dynamic)

@@ -146,7 +146,9 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
     const int64_t rows = args->tokens * args->top_k;
     const int parts = backend->num_threads;
     const ExpertGrid inner_grid = expert_grid(args, inner, scratch.inner_begin);
-    const ExpertGrid hidden_grid = expert_grid(args, hidden, scratch.hidden_begin);
+    // Without out (NULL) only gate_up is wanted: the second half has no tiles and no tokens.
+    const ExpertGrid hidden_grid = expert_grid(args, args->out ? hidden : 0, scratch.hidden_begin);
+    const int64_t combined = args->out ? args->tokens : 0;
 #pragma omp parallel num_threads(parts)
     {
 #pragma omp for schedule(static)
@@ -168,7 +170,7 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
                     scratch.rows + tile.row * hidden + tile.column, hidden);
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < args->tokens; t++) combine_token(args, scratch.rows, t, args->out);
+        for (int64_t t = 0; t < combined; t++) combine_token(args, scratch.rows, t, args->out);
     }
     return STATUS_OK;
 }

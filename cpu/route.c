@@ -17,11 +17,13 @@ enum { ROUTE_ROWS = 64 }; // tokens that one thread does at a time
 typedef struct RouteScratch {
     float *logits;     // (T, N) logits, or their gradient
     int64_t *counters; // (N) next row of each expert
+    float *load;       // (N) shares of assignments, when the caller gives none
 } RouteScratch;
 
 static void route_layout(const RouteArgs *args, Workspace *workspace, RouteScratch *out) {
     out->logits = workspace_floats(workspace, args->tokens * args->num_experts);
     out->counters = workspace_take(workspace, (size_t)args->num_experts * sizeof(int64_t));
+    out->load = workspace_floats(workspace, args->num_experts);
 }
 
 size_t cpu_route_workspace(const Backend *backend, const RouteArgs *args) {
@@ -120,21 +122,26 @@ Status cpu_route_forward(Backend *backend, const RouteArgs *args) {
     return STATUS_OK;
 }
 
-static void logit_gradient(const RouteArgs *args, int64_t t, float *dlogits) {
+static void own_load(const RouteArgs *args, float *load) {
+    const int32_t *begin = args->routing.expert_begin;
+    const double slots = (double)(args->tokens * args->top_k);
+    for (int e = 0; e < args->num_experts; e++)
+        load[e] = (float)((begin[e + 1] - begin[e]) / slots);
+}
+
+static void logit_gradient(const RouteArgs *args, const float *load, int64_t t, float *dlogits) {
     const int experts = args->num_experts, k = args->top_k;
     const float *p = args->routing.probabilities + t * experts;
     const float *gate = args->routing.gate + t * k, *dgate = args->dgate + t * k;
     const int32_t *chosen = args->routing.expert + t * k;
     const float z = args->z_scale * 2.0f * args->routing.log_sum_exp[t];
-    const float balance = args->load ? args->balance_scale : 0.0f;
     double dot = 0, mean_load = 0;
     for (int j = 0; j < k; j++) dot += (double)gate[j] * dgate[j];
-    if (args->load)
-        for (int i = 0; i < experts; i++) mean_load += (double)p[i] * args->load[i];
+    for (int i = 0; i < experts; i++) mean_load += (double)p[i] * load[i];
     const bool renorm = args->gate_kind == GATE_RENORM;
     for (int i = 0; i < experts; i++) {
-        const float load = args->load ? args->load[i] - (float)mean_load : 0.0f;
-        dlogits[i] = p[i] * (balance * load + z - (renorm ? 0.0f : (float)dot));
+        const float excess = load[i] - (float)mean_load;
+        dlogits[i] = p[i] * (args->balance_scale * excess + z - (renorm ? 0.0f : (float)dot));
     }
     for (int j = 0; j < k; j++) {
         const float share = renorm ? (float)(dot / args->gate_scale) : 0.0f;
@@ -150,13 +157,16 @@ Status cpu_route_backward(Backend *backend, const RouteArgs *args) {
     const int64_t hidden = args->hidden_size, experts = args->num_experts;
     const int64_t blocks = divide_up(args->tokens, ROUTE_ROWS);
     float *dlogits = scratch.logits;
+    const float *load = args->load ? args->load : scratch.load;
+    if (!args->load) own_load(args, scratch.load);
     const TileGrid grid = tile_grid(backend->num_threads, experts, hidden);
 #pragma omp parallel num_threads(backend->num_threads)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             const int64_t begin = i * ROUTE_ROWS, end = min_i64(begin + ROUTE_ROWS, args->tokens);
-            for (int64_t t = begin; t < end; t++) logit_gradient(args, t, dlogits + t * experts);
+            for (int64_t t = begin; t < end; t++)
+                logit_gradient(args, load, t, dlogits + t * experts);
             gemm_nn(end - begin, hidden, experts, 1.0f, dlogits + begin * experts, experts,
                     args->weight, hidden, 1.0f, (float *)args->dx + begin * hidden, hidden);
         }

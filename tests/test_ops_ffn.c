@@ -88,6 +88,15 @@ static void check_ffn(Backend *backend, int64_t tokens, int hidden, int inner, b
     check_equal("ffn dx", again.dx, args.dx, sizeof(float) * (size_t)(tokens * hidden));
     check_equal("ffn gate_up", again.grad_gate_up, args.grad_gate_up,
                 sizeof(float) * (size_t)(2 * inner * hidden));
+    again.out = NULL; // only what backward reads
+    again.gate_up = floats_poisoned(tokens * 2 * inner);
+    again.activation = keep ? floats_poisoned(tokens * inner) : NULL;
+    RUN_OP(backend, OP_FFN, ffn_forward, &again);
+    check_equal("ffn saved gate_up", again.gate_up, args.gate_up,
+                sizeof(float) * (size_t)(tokens * 2 * inner));
+    if (keep)
+        check_equal("ffn saved activation", again.activation, args.activation,
+                    sizeof(float) * (size_t)(tokens * inner));
 }
 
 START_TEST(ffn_matches_reference) {
@@ -218,6 +227,11 @@ static void check_moe(Backend *backend, int64_t tokens, int hidden, int inner, i
     check_equal("moe dgate", again.dgate, args.dgate, sizeof(float) * (size_t)rows);
     check_equal("moe down", again.grad_down, args.grad_down,
                 sizeof(float) * (size_t)(experts * matrix));
+    again.out = NULL; // only what backward reads
+    again.gate_up = floats_poisoned(rows * 2 * inner);
+    RUN_OP(backend, OP_MOE_FFN, moe_ffn_forward, &again);
+    check_equal("moe saved gate_up", again.gate_up, args.gate_up,
+                sizeof(float) * (size_t)(rows * 2 * inner));
 }
 
 START_TEST(moe_ffn_matches_reference) {

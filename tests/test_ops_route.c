@@ -151,7 +151,8 @@ static void check_route(Backend *backend, int64_t tokens, int hidden, int expert
                       .dgate = r.dgate.f,
                       .balance_scale = (float)(r.alpha * experts / (double)tokens),
                       .z_scale = (float)(r.zeta / (double)tokens),
-                      .load = load,
+                      // given, or NULL: the routing's own, which is the same here
+                      .load = bias ? load : NULL,
                       .dx = dx,
                       .grad_weight = grad_weight};
     RUN_OP(backend, OP_ROUTE, route_forward, &args);
