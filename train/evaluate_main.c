@@ -29,7 +29,7 @@ static const char usage_text[] =
     "  --data SHARDS          directory of token shards (shards.json)\n"
     "  --text FILE            text, jsonl, or either compressed; needs the Python environment of\n"
     "                         scripts/setup.sh\n"
-    "  --tokenizer DIR|bytes  tokenizer for --text (default: the model directory's own)\n"
+    "  --tokenizer DIR|bytes  tokenizer for --text (default: the model's own, where it is known)\n"
     "  --sequence-length N    tokens per window; windows do not overlap (default 1024)\n"
     "  --sequences N          windows, spread evenly over the data (default 0: all)\n"
     "  --batch N              windows per forward pass (default 4)\n"
@@ -236,6 +236,7 @@ static Status measure_and_print(const Arguments *arguments, const EvalModel *fro
 static Status evaluate_text(const Arguments *arguments, const EvalModel *from) {
     char shards[IO_PATH_MAX];
     const char *tokenizer = arguments->tokenizer;
+    if (!tokenizer && strcmp(from->tokenizer_id, TOKENIZER_BYTES_ID) == 0) tokenizer = "bytes";
     if (!tokenizer && from->source && from->tokenizer_id[0]) tokenizer = from->path;
     if (!tokenizer)
         FAIL(STATUS_USAGE,

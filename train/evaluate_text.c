@@ -72,10 +72,18 @@ static Status make_shards(const char *text_file, const char *tokenizer, const ch
                                (char *)text_file,
                                NULL};
     TRY(run_program(arguments, &code));
-    if (code != 0)
-        FAIL(STATUS_BAD_DATA, "%s could not be made into shards: %s ended with code %d (see above)",
-             text_file, script, code);
-    return STATUS_OK;
+    if (code == 0) return STATUS_OK;
+    if (code == 1) // Python's own: an exception, most often a missing package
+        FAIL(STATUS_MISSING_INPUT,
+             "%s could not run with %s (see above); run scripts/setup.sh, or set D2M_PYTHON to a "
+             "Python that has the packages of scripts/requirements.txt",
+             script, python);
+    // The script's exit codes are ours (docs/troubleshooting.md).
+    Status status = code == STATUS_MISSING_INPUT || code == STATUS_IO || code == STATUS_CANNOT_WRITE
+                        ? (Status)code
+                        : STATUS_BAD_DATA;
+    FAIL(status, "%s could not be made into shards: %s ended with code %d (see above)", text_file,
+         script, code);
 }
 
 Status eval_shards_of_text(const char *text_file, const char *tokenizer,
