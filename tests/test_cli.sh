@@ -2,7 +2,7 @@
 # The programs' command lines: bad input gives one message, the documented exit code, and leaves
 # nothing behind; good input says what it promises. Usage: test_cli.sh BIN_FOLDER SOURCE_TREE
 set -euo pipefail
-bin=$1 tree=$2
+bin=$(realpath "$1") tree=$(realpath "$2")
 work=$(mktemp -d "${TMPDIR:-/tmp}/d2m-cli-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 cd "$work"

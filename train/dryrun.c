@@ -149,17 +149,22 @@ static void print_memory_plan(const MemoryPlan *plan) {
     printf("  %-22s %9s\n", "total", bytes_text(memory_plan_total(plan), text));
 }
 
-// Memory of a changed recipe; 0 when the change is not possible.
+// Memory of a changed recipe; 0 when the change is not possible. The blocks stay as they are.
 static uint64_t memory_of_variant(const DryRun *dry, const Recipe *variant) {
-    MemoryPlan plan;
+    MemoryPlan memory;
     DryRun *other = malloc(sizeof *other);
     uint64_t bytes = 0;
     if (!other) return 0;
     *other = *dry;
-    other->recipe = variant;
-    if (recipe_check(variant) == STATUS_OK && find_shape(other) == STATUS_OK &&
-        run_memory_plan(variant, dry->backend, &other->config, &plan) == STATUS_OK)
-        bytes = memory_plan_total(&plan);
+    other->plan.num_experts = (int)variant->lfuc_num_experts;
+    other->plan.follower_copies = (int)variant->lfuc_follower_copies;
+    Status status = recipe_check(variant);
+    if (status == STATUS_OK && variant->lfuc_enabled)
+        status = fusion_target_config(&other->plan, &other->seed, &other->config);
+    if (status == STATUS_OK)
+        status = run_memory_plan(variant, dry->backend, &other->config, &memory);
+    if (status == STATUS_OK)
+        bytes = memory_plan_total(&memory);
     else
         status_clear();
     free(other);
