@@ -279,6 +279,18 @@ START_TEST(tokenizer_identity) {
 }
 END_TEST
 
+START_TEST(identity_of_the_real_qwen2_tokenizer) {
+    char id[TOKENIZER_ID_SIZE];
+    const char *directory = TEST_SOURCE_DIR "/../shared/data/qwen2_tokenizer";
+    if (!io_is_directory(directory)) {
+        printf("skipped: %s is not there\n", directory);
+        return;
+    }
+    ck_assert_ok(hf_tokenizer_id(directory, id)); // cat vocab.json merges.txt | sha256sum
+    ck_assert_str_eq(id, "621938cf30f2e49377bb2c614b639af40ea569729019ea88523dd601c7c87b9d");
+}
+END_TEST
+
 // --- Replacing an export -------------------------------------------------------------------------
 
 static void check_family(const char *directory, ModelFamily family) {
@@ -628,7 +640,8 @@ END_TEST
 TEST_MAIN("hf", TEST(round_trips), TEST(shards_keep_the_limit), TEST(moe_directories_suit_vllm),
           TEST(gate_scale_goes_into_down_proj), TEST(equal_sources_give_equal_files),
           TEST(refused_before_anything_is_written), TEST(tokenizer_files_travel),
-          TEST(tokenizer_identity), TEST(an_export_is_replaced_whole_or_not_at_all),
-          TEST(other_directories_are_left_alone), TEST(progress_ends_at_the_total),
-          TEST(missing_files), TEST(tensors_are_checked), TEST(other_types_are_named),
-          TEST(tensors_nobody_needs_are_named), TEST(indexes_are_checked), TEST(fused_experts))
+          TEST(tokenizer_identity), TEST(identity_of_the_real_qwen2_tokenizer),
+          TEST(an_export_is_replaced_whole_or_not_at_all), TEST(other_directories_are_left_alone),
+          TEST(progress_ends_at_the_total), TEST(missing_files), TEST(tensors_are_checked),
+          TEST(other_types_are_named), TEST(tensors_nobody_needs_are_named),
+          TEST(indexes_are_checked), TEST(fused_experts))
