@@ -72,6 +72,8 @@ int fusion_most_prunable(int layers, int max_block);
 // returns (STATUS_BAD_DATA for a file, STATUS_USAGE for settings).
 Status fusion_plan_check(const FusionPlan *plan, const char *name, Status code) NODISCARD;
 void fusion_plan_sort(FusionPlan *plan); // blocks by rising base
+// STATUS_USAGE when the source has experts already: to be asked before anything is measured.
+Status fusion_check_dense(const ModelConfig *source) NODISCARD;
 // The fused model's config; STATUS_USAGE when plan and source do not fit together, or the source
 // has experts already.
 Status fusion_target_config(const FusionPlan *plan, const ModelConfig *source,

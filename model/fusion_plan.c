@@ -85,10 +85,7 @@ int fusion_target_layers(const FusionPlan *plan) {
     return layers;
 }
 
-static Status check_source(const FusionPlan *plan, const ModelConfig *source) {
-    if (plan->num_source_layers != source->num_layers)
-        FAIL(STATUS_USAGE, "the plan is for a model of %d layers, but the source has %d",
-             plan->num_source_layers, source->num_layers);
+Status fusion_check_dense(const ModelConfig *source) {
     for (int l = 0; l < source->num_layers; l++) {
         if (config_layer_is_moe(source, l))
             FAIL(STATUS_USAGE,
@@ -101,7 +98,10 @@ static Status check_source(const FusionPlan *plan, const ModelConfig *source) {
 
 Status fusion_target_config(const FusionPlan *plan, const ModelConfig *source, ModelConfig *out) {
     TRY(fusion_plan_check(plan, "plan", STATUS_USAGE));
-    TRY(check_source(plan, source));
+    TRY(fusion_check_dense(source));
+    if (plan->num_source_layers != source->num_layers)
+        FAIL(STATUS_USAGE, "the plan is for a model of %d layers, but the source has %d",
+             plan->num_source_layers, source->num_layers);
     *out = *source;
     out->moe_intermediate_size = source->intermediate_size;
     out->router = plan->router;

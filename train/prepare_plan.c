@@ -251,6 +251,7 @@ static Status measure_and_select(const Recipe *recipe, Backend *backend, const c
     Similarity similarity = {0};
     FusionOptions options = selection_options(recipe);
     Status status = STATUS_OK;
+    TRY(fusion_check_dense(seed->config));
     TRY(plan_check_budget(recipe, seed->config));
     TRY(io_path(path, "%s/plan/similarity.h5", run_path));
     plan_settings(recipe, seed->config, out);
