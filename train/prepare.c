@@ -102,7 +102,10 @@ static Status read_source_config(const char *directory, ModelConfig *out) {
     char path[IO_PATH_MAX];
     json_t *root = NULL;
     if (!io_is_directory(directory))
-        FAIL(STATUS_MISSING_INPUT, "model.source = %s: there is no such directory", directory);
+        FAIL(STATUS_MISSING_INPUT,
+             "model.source = %s: there is no such directory; name the model's with --set "
+             "model.source=DIR",
+             directory);
     TRY(io_path(path, "%s/config.json", directory));
     TRY(json_read_file(path, CONFIG_JSON_MAX, &root));
     Status status = config_from_json(root, path, out);
