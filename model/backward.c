@@ -72,6 +72,7 @@ static Status backward_layers(const Pass *p) {
 
 Status model_forward_backward(Model *model, const MicroBatch *batch, const LossWeights *weights) {
     INVARIANT(model->options.training && batch->targets != NULL);
+    INVARIANT(weights->token_count > 0); // a divisor of the router losses' gradients
     Pass p;
     TRY(forward_begin(model, batch, weights, &p));
     TRY(forward_layers(&p));

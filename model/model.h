@@ -42,11 +42,11 @@ typedef struct LossWeights {
     bool balance_micro;  // f_i from this micro-batch; else the load set by model_set_load
 } LossWeights;
 
-// Sums since model_reset_sums, on the host. Arrays are (num_layers, MODEL_MAX... see stride):
-// element (l, e) is at l * stride + e; dense layers hold zeros.
+// Sums since model_reset_sums, on the host. Element (l, e) of an array (num_layers, stride) is at
+// l * stride + e; experts that a layer does not have, and dense layers, hold zeros.
 typedef struct ModelSums {
     double loss_sum, loss_count; // Σ -log p, and over how many targets
-    double tokens;               // tokens seen by the routers
+    double tokens;               // tokens that went through the layers
     int stride;                  // largest expert count of any layer, at least 1
     double *assignments;         // (num_layers, stride)
     double *probability;         // (num_layers, stride)
@@ -55,8 +55,8 @@ typedef struct ModelSums {
 } ModelSums;
 
 typedef enum ObservePoint { OBSERVE_MLP_INPUT, OBSERVE_LAYER_OUTPUT } ObservePoint;
-// Called during model_forward with the residual stream (T, H) after attention (h_l) and after the
-// layer (y_l); `x` is device memory that is valid during the call only.
+// Called during model_forward and model_logits with the residual stream (T, H) after attention
+// (h_l) and after the layer (y_l); `x` is device memory that is valid during the call only.
 typedef Status (*ModelObserver)(void *context, int layer, ObservePoint point, const void *x,
                                 int64_t tokens);
 

@@ -12,8 +12,8 @@ with golden.safetensors beside it, which holds, all as F32:
     grad.NAME         gradient of parameter NAME
     adamw.NAME        parameter NAME after one step of torch.optim.AdamW, gradients clipped to 1.0
 
-and, in its metadata, the versions that made it and the numbers a test needs: lr, the AdamW
-constants, balance and z (weights of the router losses, loss = cross_entropy + balance * LB + z * Z).
+and, in its metadata ("made_with", JSON), the versions that made it, the AdamW constants, and the
+weights balance and z in  loss = cross_entropy + balance * LB + z * Z.
 
 Run by developers only (needs torch and transformers):  scripts/make_goldens.py [OUTPUT_DIRECTORY]
 Tests compare within 1e-4, so a re-run on another machine may change last digits, not results.
@@ -185,14 +185,16 @@ def make_case(directory, seed, kind, settings, balance_weight, z_weight):
     norm = adamw_step(model)
     golden["grad_norm"] = norm.reshape(1)
     golden |= named(model.named_parameters(), "adamw.")
-    metadata = {
+    made_with = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
-        "balance": repr(balance_weight),
-        "z": repr(z_weight),
-        **{key: repr(value) for key, value in OPTIMIZER.items()},
+        "balance": balance_weight,
+        "z": z_weight,
+        **OPTIMIZER,
     }
+    # One key: safetensors writes several in random order, and equal goldens should be equal files.
+    metadata = {"made_with": json.dumps(made_with, sort_keys=True)}
     safetensors.torch.save_file(golden, directory / "golden.safetensors", metadata)
     generation = directory / "generation_config.json"
     generation.unlink(missing_ok=True)
