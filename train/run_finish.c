@@ -65,8 +65,7 @@ static void show_export(void *context, uint64_t done, uint64_t total) {
 
 // Proves that the directory is the trained model (model/export_check.h). The optimizer and the
 // writer's snapshot have done their work and make room for the second model that this takes.
-static Status verify_export(Trainer *t, const char *path, DType written) {
-    ExportCheck check;
+static Status verify_export(Trainer *t, const char *path, DType written, ExportCheck *check) {
     checkpoint_writer_destroy(t->writer);
     t->writer = NULL;
     optimizer_destroy(t->optimizer);
@@ -76,14 +75,14 @@ static Status verify_export(Trainer *t, const char *path, DType written) {
                  "experts without it");
         TRY(model_set_selection_bias(t->model, NULL));
     }
-    TRY(export_verify(t->model, path, written, &check));
+    TRY(export_verify(t->model, path, written, check));
     log_info("export: read back and compared on %" PRId64 " tokens: logits differ from the trained "
              "model's by at most %.2g (%s weights), same most likely token for %.0f %%",
-             check.tokens, check.max_diff, dtype_name(written), 100 * check.top1_agreement);
+             check->tokens, check->max_diff, dtype_name(written), 100 * check->top1_agreement);
     return STATUS_OK;
 }
 
-static Status export_model(Trainer *t, const char *path) {
+static Status export_model(Trainer *t, const char *path, ExportCheck *check) {
     const Recipe *r = t->recipe;
     TensorSource *source;
     HfWriteOptions options = {.dtype = r->export_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16,
@@ -96,7 +95,7 @@ static Status export_model(Trainer *t, const char *path) {
     log_transient("%s", "");
     source_close(source);
     TRY(status);
-    return verify_export(t, path, options.dtype);
+    return verify_export(t, path, options.dtype, check);
 }
 
 // --- The result ----------------------------------------------------------------------------------
@@ -105,7 +104,8 @@ static json_t *perplexity(double loss) {
     return isfinite(loss) ? json_real(exp(loss)) : json_null();
 }
 
-static Status write_result(const Trainer *t, const char *export_path) {
+// `check` is NULL without an export.
+static Status write_result(const Trainer *t, const char *export_path, const ExportCheck *check) {
     char path[IO_PATH_MAX];
     TRY(io_path(path, "%s/" RESULT_NAME, t->dir.path));
     json_t *root = json_pack(
@@ -113,8 +113,16 @@ static Status write_result(const Trainer *t, const char *export_path) {
         (json_int_t)t->state.tokens, "skipped", (json_int_t)t->state.skip.skipped,
         "perplexity_start", perplexity(t->state.start_loss), "perplexity_end",
         perplexity(t->state.last_loss), "checkpoint", t->checkpoints, "export", export_path);
-    if (!root) FAIL(STATUS_INTERNAL, "%s: out of memory", path);
-    Status status = json_write_file(path, root);
+    json_t *verified =
+        check ? json_pack("{s:f, s:f, s:f, s:f}", "max_file_difference", check->max_file_diff,
+                          "max_difference", check->max_diff, "median_error", check->median_error,
+                          "top1_agreement", check->top1_agreement)
+              : json_null();
+    Status status = STATUS_OK;
+    if (!root || json_object_set_new(root, "export_check", verified) != 0)
+        status = status_fail(__FILE__, __LINE__, STATUS_INTERNAL, "%s: out of memory", path);
+    else
+        status = json_write_file(path, root);
     json_decref(root);
     return status;
 }
@@ -155,11 +163,12 @@ static void say_where_everything_is(const Trainer *t, const char *export_path) {
 
 Status finish_run(Trainer *t) {
     char export_path[IO_PATH_MAX] = "";
+    ExportCheck check;
     if (t->recipe->export_hf) {
         TRY(io_path(export_path, "%s/export", t->dir.path));
-        TRY(export_model(t, export_path));
+        TRY(export_model(t, export_path, &check));
     }
-    TRY(write_result(t, export_path));
+    TRY(write_result(t, export_path, t->recipe->export_hf ? &check : NULL));
     say_where_everything_is(t, export_path);
     return STATUS_OK;
 }
