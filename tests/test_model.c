@@ -302,6 +302,47 @@ START_TEST(weights_travel_through_sources) {
 }
 END_TEST
 
+// On a backend of bf16 weights: training keeps an fp32 master, evaluation only the rounded copy,
+// and routers are fp32 in both. Only memory is looked at, so the CPU backend can stand in for one.
+START_TEST(bf16_weights_have_an_fp32_master) {
+    use_backend();
+    backend->compute_dtype = DTYPE_BF16;
+    ModelConfig config = fixture_config();
+    TensorSource *expected = random_source(&config, 5);
+    for (int training = 0; training < 2; training++) {
+        ModelOptions options = fixture_options(training);
+        Model *model = fixture_model(&config, &options);
+        TensorSource *source;
+        ck_assert_ok(model_source(model, &source));
+        ck_assert_int_eq(source->dtype, training ? DTYPE_F32 : DTYPE_BF16);
+        ck_assert_int_eq(model->master != NULL, training);
+        for (int i = 0; i < model->table.count; i++) {
+            const Tensor *tensor = &model->table.tensors[i];
+            bool router = tensor->role == ROLE_ROUTER;
+            size_t count = (size_t)tensor->count, width = router ? 4 : 2;
+            float *exact = read_tensor(expected, tensor->name, NULL);
+            float *found = read_tensor(source, tensor->name, NULL);
+            uint16_t *rounded = malloc(count * sizeof *rounded);
+            float *widened = malloc(count * sizeof *widened);
+            dtype_from_f32(DTYPE_BF16, exact, rounded, count);
+            dtype_to_f32(DTYPE_BF16, rounded, widened, count);
+            ck_assert_mem_eq(found, training || router ? exact : widened, 4 * count);
+            const char *copy = (const char *)model->params +
+                               tensor_table_copy_bytes(&model->table, DTYPE_BF16, tensor->offset);
+            ck_assert_ok(backend->ops->download(backend, widened, copy, count * width));
+            ck_assert_mem_eq(widened, router ? (void *)exact : (void *)rounded, count * width);
+            free(exact);
+            free(found);
+            free(rounded);
+            free(widened);
+        }
+        source_close(source);
+        model_destroy(model);
+    }
+    source_close(expected);
+}
+END_TEST
+
 START_TEST(random_weights_depend_on_seed_and_name) {
     use_backend();
     ModelConfig small = fixture_config(), large = fixture_config();
@@ -348,4 +389,4 @@ TEST_MAIN("model", TEST(global_load_replaces_micro_load),
           TEST(logits_give_the_loss), TEST(observer_sees_the_residual_stream),
           TEST(plan_is_what_gets_allocated), TEST(refuses_impossible_options),
           TEST(refuses_a_batch_beyond_the_plan), TEST(weights_travel_through_sources),
-          TEST(random_weights_depend_on_seed_and_name))
+          TEST(bf16_weights_have_an_fp32_master), TEST(random_weights_depend_on_seed_and_name))
