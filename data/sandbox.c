@@ -63,6 +63,10 @@ static _Noreturn void child_main(SandboxTask task, const void *context, int firs
                                  const SandboxLimits *limits, size_t result_bytes, char *results,
                                  int pipe) {
     limit_child(limits);
+    // A parent that is killed now must not live on in what this process inherited, the lock of its
+    // run directory above all.
+    (void)close_range(STDERR_FILENO + 1, (unsigned)pipe - 1, 0);
+    (void)close_range((unsigned)pipe + 1, ~0U, 0);
     for (int i = first; i < count; i++) {
         char *result = results + (size_t)i * result_bytes; // the child's own copy of the page
         SandboxVerdict verdict = {.code = STATUS_OK};

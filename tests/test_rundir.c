@@ -287,9 +287,31 @@ START_TEST(file_systems_without_locks) {
 }
 END_TEST
 
+// A killed run's own child (one that parses a shard, say) lives a moment longer, with the lock.
+START_TEST(a_killed_holders_child_is_waited_for) {
+    RunDir dir;
+    test_directory(); // made here, or the child would have its own
+    pid_t child = fork();
+    ck_assert_int_ge(child, 0);
+    if (child == 0) {
+        if (open_run(&dir) != STATUS_OK) _exit(1);
+        if (fork() == 0) {
+            usleep(300 * 1000);
+            _exit(0);
+        }
+        raise(SIGKILL);
+    }
+    int status;
+    ck_assert_int_eq(waitpid(child, &status, 0), child);
+    ck_assert(WIFSIGNALED(status));
+    ck_assert_ok(open_run(&dir));
+    rundir_close(&dir);
+}
+END_TEST
+
 TEST_MAIN("rundir", TEST(opens_records_and_closes), TEST(two_runs_on_one_directory),
-          TEST(a_killed_holder_is_followed), TEST(three_attempts_without_progress),
-          TEST(progress_is_beyond_every_attempt_before), TEST(asked_for_ends_do_not_count),
-          TEST(long_histories_are_cut), TEST(damaged_records_are_counted_anew),
-          TEST(unwritable_directories), TEST(full_disks_are_cannot_write),
-          TEST(file_systems_without_locks))
+          TEST(a_killed_holder_is_followed), TEST(a_killed_holders_child_is_waited_for),
+          TEST(three_attempts_without_progress), TEST(progress_is_beyond_every_attempt_before),
+          TEST(asked_for_ends_do_not_count), TEST(long_histories_are_cut),
+          TEST(damaged_records_are_counted_anew), TEST(unwritable_directories),
+          TEST(full_disks_are_cannot_write), TEST(file_systems_without_locks))

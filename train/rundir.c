@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 #include "base/clock.h"
 #include "base/json.h"
@@ -27,6 +28,8 @@ enum {
     STATUS_FILE_MAX = 4 << 20, // bytes
     ATTEMPTS_KEPT = 200,       // records; the attempt number goes on counting
     ATTEMPTS_WITHOUT_PROGRESS = 3,
+    ORPHAN_PATIENCE_SECONDS = 2,
+    ORPHAN_TRIES_PER_SECOND = 20,
 };
 
 // Who this process is, in the lock and in its attempt's record.
@@ -67,9 +70,28 @@ static bool text_names_living_process(const char *text, const Identity *self) {
     return holder.pid != self->pid && (kill((pid_t)holder.pid, 0) == 0 || errno == EPERM);
 }
 
+// A process that was killed a moment ago may have a child that still shares its lock.
+static bool holder_is_gone(const char *text, const Identity *self) {
+    Identity holder;
+    if (sscanf(text, "host %127s pid %ld", holder.host, &holder.pid) != 2) return false;
+    if (strcmp(holder.host, self->host) != 0) return false; // cannot be asked from here
+    return kill((pid_t)holder.pid, 0) != 0 && errno == ESRCH;
+}
+
+static IoLock lock_patiently(const char *path, int fd, const Identity *self, const char *text) {
+    const struct timespec pause = {.tv_nsec = 1000 * 1000 * 1000 / ORPHAN_TRIES_PER_SECOND};
+    IoLock lock = io_lock(fd, path);
+    for (int i = 0; i < ORPHAN_PATIENCE_SECONDS * ORPHAN_TRIES_PER_SECOND; i++) {
+        if (lock != IO_LOCK_BUSY || !holder_is_gone(text, self)) break;
+        nanosleep(&pause, NULL);
+        lock = io_lock(fd, path);
+    }
+    return lock;
+}
+
 static Status acquire(const char *path, int fd, const Identity *self, const char *text) {
     const char *holder = text[0] ? text : "holder unknown";
-    IoLock lock = io_lock(fd, path);
+    IoLock lock = lock_patiently(path, fd, self, text);
     if (lock == IO_LOCK_BUSY) {
         FAIL(STATUS_USAGE,
              "%s: the run directory is in use (%s); wait for it, stop it, or give this run another "
