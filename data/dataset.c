@@ -34,10 +34,6 @@ struct Dataset {
 
 // --- Opening -------------------------------------------------------------------------------------
 
-static bool is_unknown_tokenizer(const char *id) {
-    return strspn(id, "0") == strlen(id);
-}
-
 static Status check_fit(const char *directory, const DatasetSummary *summary,
                         const DatasetOptions *options) {
     if (options->vocab_size && summary->vocab_size > options->vocab_size) {
@@ -48,12 +44,7 @@ static Status check_fit(const char *directory, const DatasetSummary *summary,
             directory, summary->vocab_size, options->vocab_size);
     }
     const char *expected = options->tokenizer_id;
-    if (!expected[0] || strcmp(expected, summary->tokenizer_id) == 0) return STATUS_OK;
-    if (is_unknown_tokenizer(summary->tokenizer_id)) {
-        log_warn("%s: shards do not say which tokenizer made them, the model's is not compared",
-                 directory);
-        return STATUS_OK;
-    }
+    if (tokenizer_ids_agree(summary->tokenizer_id, expected)) return STATUS_OK;
     FAIL(STATUS_BAD_DATA,
          "%s: shards were made with tokenizer %.16s..., the model has %.16s... (tokenizer_sha256): "
          "prepare the data with the model's tokenizer",

@@ -96,5 +96,8 @@ typedef struct DatasetSummary {
     char tokenizer_id[65];
 } DatasetSummary;
 Status dataset_summary(const char *directory, DatasetSummary *out) NODISCARD;
+// Whether shards of this identity go with a model of the other: equal, or one is unknown ("" or,
+// in shards that were imported without a tokenizer, all zeros).
+bool tokenizer_ids_agree(const char *shards_id, const char *model_id);
 
 #endif

@@ -135,3 +135,8 @@ Status dataset_summary(const char *directory, DatasetSummary *out) {
     data_manifest_free(&manifest);
     return STATUS_OK;
 }
+
+bool tokenizer_ids_agree(const char *shards_id, const char *model_id) {
+    bool unknown = shards_id[strspn(shards_id, "0")] == '\0' || !model_id[0];
+    return unknown || strcmp(shards_id, model_id) == 0;
+}

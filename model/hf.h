@@ -3,6 +3,7 @@
 #define MODEL_HF_H
 
 #include "base/status.h"
+#include "base/tokenizer_id.h"
 #include "model/source.h"
 
 // Opens config.json and model.safetensors, or model.safetensors.index.json and its files; experts
@@ -34,12 +35,5 @@ Status hf_write(const char *directory, TensorSource *source,
                 const HfWriteOptions *options) NODISCARD;
 // STATUS_USAGE when hf_write could not write a model of this config: asked before training it.
 Status hf_check_writable(const ModelConfig *config) NODISCARD;
-
-// SHA-256 hex (64 digits + NUL) that identifies the tokenizer of a directory, computed as
-// scripts/prepare_data.py does (docs/formats.md); "" when the directory has no tokenizer files.
-enum { TOKENIZER_ID_SIZE = 65 };
-Status hf_tokenizer_id(const char *directory, char out[TOKENIZER_ID_SIZE]) NODISCARD;
-// Of the bytes tokenizer: SHA-256 of "dense2moe-bytes-v1".
-#define TOKENIZER_BYTES_ID "1c937cda051e406cb170168253e013168e7f8a4152778b4230b61d101b2e90f4"
 
 #endif

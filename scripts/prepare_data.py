@@ -21,6 +21,7 @@ import codecs
 import json
 import multiprocessing
 import os
+import resource
 import sys
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -203,6 +204,12 @@ def convert(arguments, reader, pool, writers):
     return progress.seconds()
 
 
+def cpu_seconds():
+    """Of all processes so far, their start included."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def check_not_empty(writers, reader):
     for held_out, writer in writers.items():
         if writer.tokens + writer.part_tokens > 0:
@@ -236,9 +243,9 @@ def main():
     for writer in writers.values():
         writer.finish()
         print(f"{PROGRAM}: {writer.summary()}")
-    print(f"{PROGRAM}: {reader.bytes / 1e6:.1f} MB in {seconds:.1f} s, "
-          f"{reader.bytes / 1e6 / seconds / arguments.workers:.1f} MB/s per process",
-          file=sys.stderr)
+    megabytes, cpu = reader.bytes / 1e6, cpu_seconds()
+    print(f"{PROGRAM}: {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), "
+          f"{cpu:.1f} s of CPU time ({megabytes / cpu:.1f} MB/s per core)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -137,18 +137,26 @@ class ShardSetWriter:
     def append(self, ids, ends):
         """Adds tokens; `ends` are the places in `ids` behind which a document ends. A document may
         go on in the next call. Documents without tokens vanish."""
-        self.parts.append(ids.astype(self.dtype, copy=False))
-        self.ends.append(np.asarray(ends, dtype=np.uint64) + np.uint64(self.part_tokens))
-        self.part_tokens += len(ids)
-        # Shards end with a document, except inside one that alone fills a shard.
-        closed = len(ends) > 0 and ends[-1] == len(ids)
-        if self.part_tokens >= self.shard_tokens * (1 if closed else 2):
+        ends = np.asarray(ends, dtype=np.int64)
+        while True:  # a shard ends with the first document that fills it
+            full = np.searchsorted(ends, self.shard_tokens - self.part_tokens)
+            if full == len(ends):
+                break
+            place = ends[full]
+            self._add(ids[:place], ends[:full + 1])
+            self._write_shard()
+            ids, ends = ids[place:], ends[full + 1:] - place
+        self._add(ids, ends)
+        if self.part_tokens >= 2 * self.shard_tokens:  # within one document, which is cut
             self._write_shard()
 
+    def _add(self, ids, ends):
+        self.parts.append(ids.astype(self.dtype, copy=False))
+        self.ends.append(ends + self.part_tokens)
+        self.part_tokens += len(ids)
+
     def _write_shard(self):
-        places = np.concatenate([np.array([0], np.uint64), *self.ends,
-                                 np.array([self.part_tokens], np.uint64)])
-        offsets = np.unique(places).astype("<u8")
+        offsets = np.unique(np.concatenate([[0], *self.ends, [self.part_tokens]])).astype("<u8")
         path = self.directory / f"shard-{len(self.shards):05d}.h5"
         temporary = path.with_name(path.name + ".tmp")
         self._write_hdf5(temporary, offsets)

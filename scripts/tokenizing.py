@@ -172,13 +172,13 @@ class WordTable:
     @staticmethod
     def understands(tokenizer):
         """Whether the tokenizer is byte-level BPE over an expression that is known here."""
-        config = json.loads(tokenizer.to_str())
-        normalizer = config["normalizer"]
-        return (config["model"]["type"] == "BPE" and not config["model"].get("dropout") and
-                (normalizer is None or normalizer == {"type": "NFC"}) and
-                config["truncation"] is None and config["padding"] is None and
-                not any(token["lstrip"] or token["rstrip"] or "\n" in token["content"]
-                        for token in config["added_tokens"]) and
+        normalizer = tokenizer.normalizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        return (type(tokenizer.model).__name__ == "BPE" and not tokenizer.model.dropout and
+                (normalizer is None or type(normalizer).__name__ == "NFC") and
+                tokenizer.truncation is None and tokenizer.padding is None and
+                not any(token.lstrip or token.rstrip or "\n" in token.content
+                        for token in added) and
                 split_expression(tokenizer) in FAST_EXPRESSIONS)
 
     def _forget(self):
@@ -229,8 +229,9 @@ def grown(array, size):
 
 def split_expression(tokenizer):
     """The expression that cuts words, if it and ByteLevel are all that happens before BPE."""
-    steps = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [])
+    if tokenizer.pre_tokenizer is None:
+        return None
+    steps = json.loads(tokenizer.pre_tokenizer.__getstate__()).get("pretokenizers", [])
     if len(steps) != 2 or steps[0]["type"] != "Split" or steps[1]["type"] != "ByteLevel":
         return None
     split, byte_level = steps

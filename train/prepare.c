@@ -77,7 +77,7 @@ static Status check_shards(const Recipe *recipe, const DataConfig *data) {
                  "%s: the shards have a vocabulary of %d, the model one of %d; prepare the data "
                  "with the model's own tokenizer",
                  directory, summary.vocab_size, data->loader.vocab_size);
-        if (data->tokenizer_id[0] && strcmp(data->tokenizer_id, summary.tokenizer_id) != 0)
+        if (!tokenizer_ids_agree(summary.tokenizer_id, data->tokenizer_id))
             FAIL(STATUS_BAD_DATA,
                  "%s: the shards were made with tokenizer %.12s, but %s has tokenizer %.12s; "
                  "prepare the data with scripts/prepare_data.py --tokenizer %s",

@@ -1,6 +1,5 @@
-// Which tokenizer a directory holds, as a SHA-256 (docs/formats.md, "Tokenizer identity").
-// scripts/prepare_data.py computes the same.
-#include "model/hf.h"
+// Which tokenizer a directory holds, as a SHA-256 of the files that decide which ids a text has.
+#include "base/tokenizer_id.h"
 
 #include <string.h>
 #include "base/file.h"
