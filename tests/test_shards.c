@@ -61,13 +61,17 @@ START_TEST(sandbox_survives_everything) {
 END_TEST
 
 START_TEST(sandbox_limits_memory) {
+#ifdef __SANITIZE_ADDRESS__
+    puts("sandbox_limits_memory: skipped, the sanitizer needs address space without limit");
+#else
     const Behaviour list[] = {EAT_MEMORY};
     const SandboxLimits limits = {.seconds = 20, .memory_bytes = 64 << 20};
     SandboxVerdict verdict;
     int result;
     ck_assert_ok(sandbox_run(behave, list, 1, &limits, sizeof result, &result, &verdict));
-    // Refused by the task when malloc returns NULL; sanitizers end the process instead.
     ck_assert_int_eq(verdict.code, STATUS_BAD_DATA);
+    ck_assert_ptr_nonnull(strstr(verdict.message, "no memory after"));
+#endif
 }
 END_TEST
 
@@ -116,8 +120,16 @@ static Status open_and_close(const char *directory) {
     return STATUS_OK;
 }
 
+// Without the fsync of io_write_file_atomic, which takes long when it is called often.
+static void write_bytes(const char *path, const char *data, size_t bytes) {
+    FILE *file = fopen(path, "wb");
+    ck_assert_ptr_nonnull(file);
+    ck_assert_uint_eq(fwrite(data, 1, bytes, file), bytes);
+    ck_assert_int_eq(fclose(file), 0);
+}
+
 static void write_text(const char *path, const char *text) {
-    ck_assert_ok(io_write_file_atomic(path, text, strlen(text)));
+    write_bytes(path, text, strlen(text));
 }
 
 // --- Profiles ------------------------------------------------------------------------------------
@@ -282,7 +294,7 @@ START_TEST(truncated_anywhere_is_refused) {
     for (size_t size = 0; size < bytes; size += size < 64 ? 1 : 61) {
         ck_assert_int_eq(truncate(path, (off_t)size), 0);
         ck_assert_fails(open_and_close(directory), STATUS_BAD_DATA, "truncated");
-        ck_assert_ok(io_write_file_atomic(path, data, bytes));
+        write_bytes(path, data, bytes);
     }
     ck_assert_ok(open_and_close(directory));
     free(data);
@@ -335,7 +347,7 @@ START_TEST(parser_survives_damaged_structure) {
             // Every fourth is cut as well.
             size_t kept = i % 4 ? bytes : random_u64(9, round * FILES + i, 9) % bytes;
             snprintf(paths[i], sizeof paths[i], "%s/%d.h5", test_directory(), (int)i);
-            ck_assert_ok(io_write_file_atomic(paths[i], copy, kept));
+            write_bytes(paths[i], copy, kept);
             free(copy);
             list[i] = paths[i];
         }
@@ -503,8 +515,8 @@ START_TEST(documents_are_found) {
 END_TEST
 
 START_TEST(more_shards_than_open_files) {
-    // 300 shards share 128 slots; reads jump between all of them.
-    enum { SHARDS = 300 };
+    // 150 shards share 128 slots; reads jump between all of them.
+    enum { SHARDS = 150 };
     static ShardSpec specs[SHARDS];
     static char texts[SHARDS][16];
     static const char *names[SHARDS];
