@@ -95,10 +95,23 @@ static Status check_totals(const json_t *root, const char *path, const DatasetSu
     return STATUS_OK;
 }
 
-Status data_manifest_read(const char *directory, DataManifest *out) {
+Status data_manifest_parse(const char *text, size_t bytes, const char *name, DataManifest *out) {
     Status status = STATUS_OK;
-    char path[IO_PATH_MAX];
     json_t *root = NULL;
+    memset(out, 0, sizeof *out);
+    TRY(json_parse(text, bytes, name, &root));
+    TRY_GOTO(read_header(root, name, &out->summary), done);
+    TRY_GOTO(read_shards(root, name, out), done);
+    TRY_GOTO(check_totals(root, name, &out->summary), done);
+done:
+    json_decref(root);
+    if (status != STATUS_OK) data_manifest_free(out);
+    return status;
+}
+
+Status data_manifest_read(const char *directory, DataManifest *out) {
+    char path[IO_PATH_MAX], *text;
+    size_t bytes;
     memset(out, 0, sizeof *out);
     if (!directory[0]) FAIL(STATUS_USAGE, "no directory of token shards given");
     if (!io_is_directory(directory)) {
@@ -113,13 +126,9 @@ Status data_manifest_read(const char *directory, DataManifest *out) {
              "finish",
              directory);
     }
-    TRY(json_read_file(path, MANIFEST_MAX_BYTES, &root));
-    TRY_GOTO(read_header(root, path, &out->summary), done);
-    TRY_GOTO(read_shards(root, path, out), done);
-    TRY_GOTO(check_totals(root, path, &out->summary), done);
-done:
-    json_decref(root);
-    if (status != STATUS_OK) data_manifest_free(out);
+    TRY(io_read_file(path, MANIFEST_MAX_BYTES, &text, &bytes));
+    Status status = data_manifest_parse(text, bytes, path, out);
+    free(text);
     return status;
 }
 

@@ -3,6 +3,7 @@
 #ifndef DATA_MANIFEST_H
 #define DATA_MANIFEST_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include "base/hash.h"
 #include "base/status.h"
@@ -23,6 +24,9 @@ typedef struct DataManifest {
 
 // Reads DIRECTORY/shards.json. A missing directory or file is STATUS_MISSING_INPUT.
 Status data_manifest_read(const char *directory, DataManifest *out) NODISCARD;
+// The same of text; `name` is used in messages.
+Status data_manifest_parse(const char *text, size_t bytes, const char *name,
+                           DataManifest *out) NODISCARD;
 void data_manifest_free(DataManifest *manifest);
 
 #endif
