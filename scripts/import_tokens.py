@@ -141,6 +141,20 @@ def check_ids(ids, info, path, first):
                       f"{info.vocab_size}: another tokenizer?")
 
 
+def convert(files, info, writer):
+    total, done = sum(len(file.tokens) for file in files), 0
+    progress = Progress(PROGRAM)
+    for file in files:
+        first = 0
+        for ids, ends in file.blocks():
+            check_ids(ids, info, file.path, first)
+            writer.append(ids, ends)
+            first += len(ids)
+            progress.show((done + first) / total, f"{done + first:,} of {total:,} tokens")
+        done += first
+    progress.clear()
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(prog="import_tokens.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,22 +185,12 @@ def main():
     info = tokenizer_info(arguments)
     files = [open_input(path, info, arguments.eos_position) for path in arguments.inputs]
     source = arguments.source or ", ".join(file.path.name for file in files)
-    writer = ShardSetWriter(arguments.output, info, source, int(arguments.shard_tokens),
-                            arguments.overwrite)
-    total, done = sum(len(file.tokens) for file in files), 0
-    if total == 0:
+    if not any(len(file.tokens) for file in files):
         raise Failure("the input holds no tokens")
-    progress = Progress(PROGRAM)
-    for file in files:
-        first = 0
-        for ids, ends in file.blocks():
-            check_ids(ids, info, file.path, first)
-            writer.append(ids, ends)
-            first += len(ids)
-            done += len(ids)
-            progress.show(done / total, f"{done:,} of {total:,} tokens")
-    progress.clear()
-    writer.finish()
+    with ShardSetWriter(arguments.output, info, source, int(arguments.shard_tokens),
+                        arguments.overwrite) as writer:
+        convert(files, info, writer)
+        writer.finish()
     print(f"{PROGRAM}: {writer.summary()}")
 
 

@@ -26,6 +26,7 @@ import sys
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
@@ -172,20 +173,30 @@ def parse_arguments():
         if value is not None and not value >= 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.separator is not None:
-        arguments.separator = codecs.decode(arguments.separator.encode("latin-1", "backslashreplace"),
-                                            "unicode_escape").encode()
+        escaped = arguments.separator.encode("latin-1", "backslashreplace")
+        arguments.separator = codecs.decode(escaped, "unicode_escape").encode()
         if not arguments.separator:
             parser.error("--separator is empty")
     return arguments
 
 
-def make_writers(arguments, info):
+def open_writers(arguments, info, stack):
     """By `held out`."""
     source = arguments.source or ", ".join(Path(name).name for name in arguments.inputs)
     names = {False: "train", True: "valid"} if arguments.valid_fraction else {False: "."}
-    return {held_out: ShardSetWriter(arguments.output / name, info, source,
-                                     int(arguments.shard_tokens), arguments.overwrite)
+    return {held_out: stack.enter_context(
+                ShardSetWriter(arguments.output / name, info, source, int(arguments.shard_tokens),
+                               arguments.overwrite))
             for held_out, name in names.items()}
+
+
+def open_pool(arguments, reader, tokenizer):
+    if reader.total_disk_bytes < SMALL_INPUT_BYTES:
+        arguments.workers = 1
+    if arguments.workers == 1:
+        return InProcess()
+    return ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"),
+                               start_worker, (tokenizer,))
 
 
 def convert(arguments, reader, pool, writers):
@@ -201,6 +212,7 @@ def convert(arguments, reader, pool, writers):
                       f"{megabytes:.1f} MB read ({megabytes / progress.seconds():.1f} MB/s), "
                       f"{tokens:,} tokens, {documents:,} documents")
     progress.clear()
+    check_not_empty(writers, reader)
     return progress.seconds()
 
 
@@ -227,22 +239,19 @@ def main():
     reader = Reader(find_inputs(arguments.inputs), arguments.field, arguments.separator,
                     arguments.valid_fraction or 0, encoder.cut, arguments.max_docs or float("inf"),
                     arguments.max_bytes or float("inf"))
-    writers = make_writers(arguments, encoder.info)
-    if reader.total_disk_bytes < SMALL_INPUT_BYTES:
-        arguments.workers = 1
-    pool = InProcess() if arguments.workers == 1 else ProcessPoolExecutor(
-        arguments.workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
-    try:
-        seconds = convert(arguments, reader, pool, writers)
-    except BrokenProcessPool:
-        raise Failure("a worker process was killed, perhaps for memory: try fewer --workers",
-                      EXIT_USAGE) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    check_not_empty(writers, reader)
-    for writer in writers.values():
-        writer.finish()
-        print(f"{PROGRAM}: {writer.summary()}")
+    with ExitStack() as stack:
+        writers = open_writers(arguments, encoder.info, stack)
+        pool = open_pool(arguments, reader, tokenizer)
+        try:
+            seconds = convert(arguments, reader, pool, writers)
+        except BrokenProcessPool:
+            raise Failure("a worker process was killed, perhaps for memory: try fewer --workers",
+                          EXIT_USAGE) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for writer in writers.values():
+            writer.finish()
+            print(f"{PROGRAM}: {writer.summary()}")
     megabytes, cpu = reader.bytes / 1e6, cpu_seconds()
     print(f"{PROGRAM}: {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), "
           f"{cpu:.1f} s of CPU time ({megabytes / cpu:.1f} MB/s per core)", file=sys.stderr)

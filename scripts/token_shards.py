@@ -1,10 +1,12 @@
-"""Writes token shards and shards.json (docs/formats.md): what prepare_data.py and import_tokens.py share.
+"""Writes token shards and shards.json (docs/formats.md), for prepare_data.py and import_tokens.py.
 
-A shard becomes visible under its name only when it is complete and on disk (temp file, fsync,
-rename), and a directory counts as token shards only once shards.json is there, which is written
-last. Equal input gives equal bytes: no time stamps, no names of machines.
+Shards are written to a folder `.partial` in their directory and moved to their names when all are
+complete and on disk; shards.json, which makes them a data set, comes last. Until then the shards
+that were there before stay as they are. Equal input gives equal bytes: no time stamps, no names of
+machines.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -87,13 +89,6 @@ def fsync_path(path):
         os.close(fd)
 
 
-def publish(temporary, path):
-    """Makes a finished temporary file visible as `path`, durably."""
-    fsync_path(temporary)
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
 def hash_file(path):
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
@@ -103,10 +98,12 @@ def hash_file(path):
 
 
 class ShardSetWriter:
-    """A directory of shards that is filled document by document, then finished."""
+    """A directory of shards that is filled document by document, then finished. As a context: what
+    is not finished at its end is thrown away."""
 
     def __init__(self, directory, tokenizer, source, shard_tokens, overwrite=False):
         self.directory = Path(directory)
+        self.partial = self.directory / ".partial"
         self.tokenizer = tokenizer
         self.source = source
         self.shard_tokens = shard_tokens
@@ -114,25 +111,29 @@ class ShardSetWriter:
         self.shards = []
         self.tokens = self.documents = 0
         self._begin_shard()
-        self._prepare_directory(overwrite)
-
-    def _begin_shard(self):
-        self.parts = []       # arrays of ids
-        self.part_tokens = 0
-        self.ends = []        # arrays of places where documents end, rising
-
-    def _prepare_directory(self, overwrite):
         manifest = self.directory / "shards.json"
         if manifest.exists() and not overwrite:
             raise Failure(f"{manifest} exists: choose another directory, or replace its shards "
                           "with --overwrite", EXIT_CANNOT_WRITE)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            manifest.unlink(missing_ok=True)  # first: from here on the directory is no data set
-            for path in self.directory.glob("shard-*.h5*"):
-                path.unlink()
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
+            self.partial.mkdir()
         except OSError as error:
             raise Failure(f"cannot write: {error}", EXIT_CANNOT_WRITE) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()  # if nothing is in it
+
+    def _begin_shard(self):
+        self.parts = []       # arrays of ids
+        self.part_tokens = 0
+        self.ends = []        # arrays of places where documents end, rising
 
     def append(self, ids, ends):
         """Adds tokens; `ends` are the places in `ids` behind which a document ends. A document may
@@ -157,13 +158,12 @@ class ShardSetWriter:
 
     def _write_shard(self):
         offsets = np.unique(np.concatenate([[0], *self.ends, [self.part_tokens]])).astype("<u8")
-        path = self.directory / f"shard-{len(self.shards):05d}.h5"
-        temporary = path.with_name(path.name + ".tmp")
-        self._write_hdf5(temporary, offsets)
-        self.shards.append({"file": path.name, "bytes": temporary.stat().st_size,
-                            "xxh3_128": hash_file(temporary), "tokens": self.part_tokens,
+        path = self.partial / f"shard-{len(self.shards):05d}.h5"
+        self._write_hdf5(path, offsets)
+        fsync_path(path)
+        self.shards.append({"file": path.name, "bytes": path.stat().st_size,
+                            "xxh3_128": hash_file(path), "tokens": self.part_tokens,
                             "documents": len(offsets) - 1})
-        publish(temporary, path)
         self.tokens += self.part_tokens
         self.documents += len(offsets) - 1
         self._begin_shard()
@@ -185,25 +185,32 @@ class ShardSetWriter:
             file.create_dataset("doc_offsets", data=offsets, track_times=False)
 
     def finish(self):
-        """Writes the last shard, tokenizer files and shards.json."""
+        """Writes the last shard, puts all in place, then tokenizer files and shards.json."""
         if self.part_tokens:
             self._write_shard()
+        (self.directory / "shards.json").unlink(missing_ok=True)
+        fsync_path(self.directory)  # from here on the directory is no data set
+        for path in self.directory.glob("shard-*.h5"):
+            path.unlink()
+        for shard in self.shards:
+            os.replace(self.partial / shard["file"], self.directory / shard["file"])
         for path in self.tokenizer.files:
-            temporary = self.directory / (path.name + ".tmp")
-            shutil.copyfile(path, temporary)
-            publish(temporary, self.directory / path.name)
+            self._publish(path.name, path.read_bytes())
         if self.tokenizer.identity == BYTES_IDENTITY:
-            self._write_json("dense2moe_tokenizer.json", {"type": "bytes"})
-        self._write_json("shards.json", {
-            "format": "dense2moe-shards", "version": 1,
-            "tokenizer_sha256": self.tokenizer.identity,
-            "vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
-            "tokens": self.tokens, "documents": self.documents, "shards": self.shards})
+            self._publish("dense2moe_tokenizer.json", b'{"type": "bytes"}\n')
+        manifest = {"format": "dense2moe-shards", "version": 1,
+                    "tokenizer_sha256": self.tokenizer.identity,
+                    "vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
+                    "tokens": self.tokens, "documents": self.documents, "shards": self.shards}
+        self._publish("shards.json", json.dumps(manifest, indent=2).encode() + b"\n")
 
-    def _write_json(self, name, value):
-        temporary = self.directory / (name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        publish(temporary, self.directory / name)
+    def _publish(self, name, content):
+        """Makes a file visible as a whole, durably, and after all that was published before."""
+        path = self.partial / name
+        path.write_bytes(content)
+        fsync_path(path)
+        os.replace(path, self.directory / name)
+        fsync_path(self.directory)
 
     def summary(self):
         return (f"{self.tokens:,} tokens in {self.documents:,} documents, "

@@ -36,9 +36,9 @@ FAST_EXPRESSIONS = (QWEN2_WORDS, LLAMA3_WORDS)
 STABLE_RANGES = ((0x09, 0x0D), (0x20, 0x7E), (0xA0, 0x17E), (0x180, 0x220), (0x250, 0x2AD),
                  (0x391, 0x3A1), (0x3A3, 0x3CE), (0x400, 0x45F), (0x2010, 0x2027), (0x2030, 0x2046),
                  (0x20A0, 0x20AC), (0x2122, 0x2122), (0x2190, 0x21EA), (0x2200, 0x22F1),
-                 (0x2500, 0x2595), (0x2600, 0x2613), (0x261A, 0x266F), (0x3041, 0x3094), (0x30A1, 0x30FA),
-                 (0x3001, 0x3003), (0x300A, 0x3011), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3),
-                 (0xFF01, 0xFF5E))
+                 (0x2500, 0x2595), (0x2600, 0x2613), (0x261A, 0x266F), (0x3001, 0x3003),
+                 (0x300A, 0x3011), (0x3041, 0x3094), (0x30A1, 0x30FA), (0x4E00, 0x9FA5),
+                 (0xAC00, 0xD7A3), (0xFF01, 0xFF5E))
 WHITE_SPACE = "\t\n\x0b\x0c\r \xa0"
 
 MAX_KNOWN_WORDS = 1 << 20  # some 200 MB per process; then start again
@@ -280,8 +280,8 @@ def build_tokenizer(directory, config):
     for id, token in added_tokens(config, AddedToken):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != id:
-            raise Failure(f"{directory}/tokenizer_config.json: added token {token.content!r} has id "
-                          f"{id}, expected {tokenizer.token_to_id(token.content)}")
+            raise Failure(f"{directory}/tokenizer_config.json: added token {token.content!r} has "
+                          f"id {id}, expected {tokenizer.token_to_id(token.content)}")
     return tokenizer
 
 

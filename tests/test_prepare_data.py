@@ -8,10 +8,12 @@ Real text and the real Qwen2 tokenizer are used where the shared data directory 
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import lzma
 import os
 import random
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,8 +46,9 @@ AWKWARD_TEXTS = (
     "\u017f'\u017f it'\u017f", "日本語のテキスト、中文文本。한국어", "שלום مرحبا हिन्दी ไทย",
     "emoji 👩‍👩‍👧‍👦 🇩🇪 x\ufe0f", "\u00a0nbsp\u2009thin\u3000wide\u0085next\x1cfs\x00nul\x7f",
     "<|endoftext|>", "a<|im_start|>user\nhi<|im_end|>\n<|endoftext", "©®™ €£ “quoted” — dash… ′″",
-    "a\n<|endoftext|>\nb", "\u0301starts with a mark", "\U0001d400\U0001d401 math \U00010330 gothic",
-    "x" * 5000, " " * 300 + "y", "\n" * 100 + "z", "a\n\n \n b\n  \n\nc", "()[]{}!?.,;:'\"\n\n(x)\n",
+    "a\n<|endoftext|>\nb", "\u0301starts with a mark", "\U0001d400 math \U00010330 gothic",
+    "x" * 5000, " " * 300 + "y", "\n" * 100 + "z", "a\n\n \n b\n  \n\nc",
+    "()[]{}!?.,;:'\"\n\n(x)\n",
 )
 
 
@@ -160,6 +163,18 @@ class BytesTokenizer(Case):
         lines = [f"line {i}" for i in range(4)]
         self.assertEqual(self.texts(self.folder / "o"), lines + lines + ["plain ä"])
 
+    @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is not installed")
+    def test_parquet(self):
+        import pyarrow
+        import pyarrow.parquet
+        path, texts = self.folder / "a.parquet", ["eins", "zwei ä", "", "vier"]
+        pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3, 4], "body": texts}), path)
+        self.ok(prepare("--tokenizer", "bytes", "--field", "body", "--output", self.folder / "o",
+                        path))
+        self.assertEqual(self.texts(self.folder / "o"), ["eins", "zwei ä", "vier"])
+        self.fails(prepare("--tokenizer", "bytes", "--output", self.folder / "p", path), 65,
+                   "no column 'text', found n, body")
+
     def test_text_file_is_one_document(self):
         text = "".join(f"line {i}\n" for i in range(200000))  # several blocks and parts
         path = self.write("a.txt", text)
@@ -186,7 +201,8 @@ class BytesTokenizer(Case):
 
     def test_limits(self):
         path = self.write_jsonl("a.jsonl", ["x" * 100] * 50)
-        self.ok(prepare("--tokenizer", "bytes", "--max-docs", 7, "--output", self.folder / "o", path))
+        self.ok(prepare("--tokenizer", "bytes", "--max-docs", 7, "--output", self.folder / "o",
+                        path))
         self.assertEqual(len(self.documents(self.folder / "o")), 7)
         line = path.stat().st_size // 50
         self.ok(prepare("--tokenizer", "bytes", "--max-bytes", 3 * line + 1, "--overwrite",
@@ -259,7 +275,8 @@ class BadInput(Case):
     def test_usage(self):
         path = self.write("a.txt", "text")
         out = self.folder / "o"
-        self.fails(prepare("--tokenizer", "bytes", "--output", out, self.folder / "no"), 66, "no such")
+        self.fails(prepare("--tokenizer", "bytes", "--output", out, self.folder / "no"), 66,
+                   "no such file")
         self.fails(prepare("--tokenizer", self.folder / "no", "--output", out, path), 66,
                    "no such tokenizer")
         self.fails(prepare("--tokenizer", self.folder, "--output", out, path), 66, "tokenizer.json")
@@ -272,6 +289,18 @@ class BadInput(Case):
         self.ok(prepare("--tokenizer", "bytes", "--output", out, path))
         self.fails(prepare("--tokenizer", "bytes", "--output", out, path), 73, "--overwrite")
         self.ok(prepare("--tokenizer", "bytes", "--overwrite", "--output", out, path))
+
+    def test_shards_stay_when_their_replacement_fails(self):
+        out, good = self.folder / "o", self.write_jsonl("good.jsonl", ["one", "two"])
+        self.ok(prepare("--tokenizer", "bytes", "--output", out, good))
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        bad = self.write("bad.jsonl", '{"text": "three"}\n{oops\n')
+        self.fails(prepare("--tokenizer", "bytes", "--overwrite", "--shard-tokens", 2, "--output",
+                           out, bad), 65, "bad.jsonl:2")
+        self.assertEqual({path.name: path.read_bytes() for path in out.iterdir()}, before)
+        fewer = self.write_jsonl("fewer.jsonl", ["four"])
+        self.ok(prepare("--tokenizer", "bytes", "--overwrite", "--output", out, fewer))
+        self.assertEqual(self.texts(out), ["four"])
 
     @needs_data
     def test_text_must_be_utf8_for_tokenizers(self):
@@ -422,10 +451,9 @@ class Import(Case):
         lengths = np.array([len(sequence) for sequence in sequences], "<i4")
         pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * np.dtype(dtype).itemsize
         self.write(name + ".bin", tokens.tobytes())
-        return self.write(name + ".idx", b"MMIDIDX\x00\x00" + np.uint64(1).tobytes() + bytes([code]) +
-                          np.uint64(len(sequences)).tobytes() + np.uint64(len(documents)).tobytes() +
-                          lengths.tobytes() + pointers.astype("<i8").tobytes() +
-                          np.array(documents, "<i8").tobytes())
+        header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(documents))
+        return self.write(name + ".idx", header + lengths.tobytes() +
+                          pointers.astype("<i8").tobytes() + np.array(documents, "<i8").tobytes())
 
     def imported(self, *arguments):
         self.ok(import_tokens("--tokenizer", "unknown", "--overwrite", "--output",
