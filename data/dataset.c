@@ -1,3 +1,6 @@
+// Shards in a row. Where a token of the stream lies is found by bisection over the shards' first
+// tokens; a read that crosses a border is made of parts. What the bytes mean is data/shard.c's
+// business, whether they can be trusted is data/verify.c's.
 #include "data/dataset.h"
 
 #include <fcntl.h>

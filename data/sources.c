@@ -1,3 +1,5 @@
+// Opens the directories of a run, checks that they were made for each other and for the model, and
+// turns windows of their streams into rows of tokens, targets and document starts.
 #include "data/sources.h"
 
 #include <inttypes.h>

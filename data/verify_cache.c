@@ -1,3 +1,5 @@
+// A small JSON file, keyed by shard name. What identifies a file's state is compared as a whole, as
+// one JSON object, so that a field added later makes old entries count for nothing.
 #include "data/verify_cache.h"
 
 #include <stdio.h>
