@@ -276,11 +276,15 @@ START_TEST(a_disk_that_is_too_small_is_refused_at_the_start) {
     TensorTable table;
     ck_assert_ok(tensor_table_build(&config, &table));
     CheckpointOptions options = {directory, 2, 0, DTYPE_BF16};
-    ck_assert_ok(checkpoint_check_space(&options, &table));
-    options.keep_last = INT64_C(1) << 36; // times at least a megabyte: more than any disk
-    ck_assert_fails(checkpoint_check_space(&options, &table), STATUS_CANNOT_WRITE, "keep_last");
-    table.parameters = INT64_MAX; // overflow is arithmetic, too
-    ck_assert_fails(checkpoint_check_space(&options, &table), STATUS_CANNOT_WRITE, directory);
+    ck_assert_ok(checkpoint_check_space(&options, &table, 1000));
+    // A checkpoint has at least a megabyte here: so many are more than any disk holds.
+    const int64_t many = INT64_C(1) << 36;
+    options.keep_last = many;
+    ck_assert_fails(checkpoint_check_space(&options, &table, many), STATUS_CANNOT_WRITE,
+                    "keep_last");
+    ck_assert_ok(checkpoint_check_space(&options, &table, 3)); // a run that makes only three
+    table.parameters = INT64_MAX;                              // overflow is arithmetic, too
+    ck_assert_fails(checkpoint_check_space(&options, &table, 3), STATUS_CANNOT_WRITE, directory);
     tensor_table_free(&table);
 }
 END_TEST

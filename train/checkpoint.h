@@ -60,9 +60,10 @@ Status checkpoint_clean(const char *directory) NODISCARD;
 // *moved = how many.
 Status checkpoint_set_aside(const char *directory, int64_t step, const char *to,
                             int *moved) NODISCARD;
-// Refuses (STATUS_CANNOT_WRITE) when the file system cannot take the checkpoints that the options
-// ask for: keep_last + 1 of them, less those that are there already.
-Status checkpoint_check_space(const CheckpointOptions *options, const TensorTable *table) NODISCARD;
+// Refuses (STATUS_CANNOT_WRITE) when the file system cannot take what a run of at most `saves` more
+// checkpoints will hold at once: keep_last + 1 of them, less those that are there already.
+Status checkpoint_check_space(const CheckpointOptions *options, const TensorTable *table,
+                              int64_t saves) NODISCARD;
 // Deletes what keep_last and keep_every do not cover, after `step` was saved. Checkpoints above
 // `step` are neither counted nor touched.
 Status checkpoint_retain(const CheckpointOptions *options, int64_t step) NODISCARD;

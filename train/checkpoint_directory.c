@@ -177,7 +177,8 @@ static bool checkpoint_bytes(const CheckpointOptions *options, const TensorTable
            checked_add(*bytes, 1 << 20, bytes);
 }
 
-Status checkpoint_check_space(const CheckpointOptions *options, const TensorTable *table) {
+Status checkpoint_check_space(const CheckpointOptions *options, const TensorTable *table,
+                              int64_t saves) {
     int64_t *steps;
     size_t count;
     uint64_t one, needed;
@@ -186,6 +187,7 @@ Status checkpoint_check_space(const CheckpointOptions *options, const TensorTabl
     free(steps);
     uint64_t wanted = (uint64_t)options->keep_last + 1;
     uint64_t missing = wanted > count ? wanted - count : 1;
+    if (missing > (uint64_t)saves) missing = (uint64_t)saves;
     if (!checkpoint_bytes(options, table, &one) || !checked_mul(one, missing, &needed))
         FAIL(STATUS_CANNOT_WRITE, "%s: checkpoints exceed every file system", options->directory);
     if (statvfs(options->directory, &info) != 0)
@@ -195,9 +197,9 @@ Status checkpoint_check_space(const CheckpointOptions *options, const TensorTabl
     if (available >= needed) return STATUS_OK;
     char one_text[BYTES_TEXT_SIZE], needed_text[BYTES_TEXT_SIZE], free_text[BYTES_TEXT_SIZE];
     FAIL(STATUS_CANNOT_WRITE,
-         "%s: %s free, expected %s for %" PRIu64 " checkpoints of %s (checkpoint.keep_last = "
-         "%" PRId64 " and the one being written); free space, lower checkpoint.keep_last, or set "
-         "run.directory to a larger disk",
+         "%s: %s free, expected %s: the run will hold %" PRIu64 " more checkpoints of %s at once; "
+         "free space, lower checkpoint.keep_last (now %" PRId64 "), or set run.directory to a "
+         "larger disk",
          options->directory, bytes_text(available, free_text), bytes_text(needed, needed_text),
          missing, bytes_text(one, one_text), options->keep_last);
 }

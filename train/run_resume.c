@@ -81,16 +81,15 @@ Status resume_choose(Trainer *t) {
     TRY(io_make_directories(t->checkpoints));
     TRY(checkpoint_clean(t->checkpoints));
     if (options->resume == RESUME_NEVER) return STATUS_OK;
-    if (options->resume == RESUME_AUTO)
-        TRY(checkpoint_find(t->checkpoints, &t->resume_step, t->resume_path));
-    else
+    if (options->resume == RESUME_FROM) {
         TRY(choose_given(t, options->resume_path));
-    if (!t->resume_path[0] || (options->resume == RESUME_AUTO && t->resume_step < 0))
-        return STATUS_OK;
+    } else {
+        TRY(checkpoint_find(t->checkpoints, &t->resume_step, t->resume_path));
+        if (t->resume_step < 0) return STATUS_OK;
+        TRY(read_origin(t->resume_path, t->origin));
+    }
     TRY(checkpoint_read_state(t->resume_path, &t->resume_state));
-    TRY(json_get_int(t->resume_state, t->resume_path, "step", 0, INT64_MAX, &t->resume_step));
-    if (options->resume == RESUME_AUTO) TRY(read_origin(t->resume_path, t->origin));
-    return STATUS_OK;
+    return json_get_int(t->resume_state, t->resume_path, "step", 0, INT64_MAX, &t->resume_step);
 }
 
 // --- An earlier course of the run ----------------------------------------------------------------

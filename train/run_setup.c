@@ -68,6 +68,12 @@ static Status open_model(Trainer *t, TensorSource *source) {
     return fill_model(t, source);
 }
 
+// Every interval and the end.
+static int64_t saves_to_come(const Trainer *t) {
+    int64_t left = t->total_steps - t->state.step, every = t->recipe->checkpoint_every;
+    return 1 + (every > 0 ? left / every : 0);
+}
+
 static Status open_checkpoints(Trainer *t) {
     const Recipe *r = t->recipe;
     CheckpointOptions options = {.directory = t->checkpoints,
@@ -75,7 +81,7 @@ static Status open_checkpoints(Trainer *t) {
                                  .keep_every = r->checkpoint_keep_every,
                                  .dtype =
                                      r->checkpoint_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16};
-    TRY(checkpoint_check_space(&options, &t->model->table));
+    TRY(checkpoint_check_space(&options, &t->model->table, saves_to_come(t)));
     return checkpoint_writer_create(t->model, t->optimizer, &options, &t->writer);
 }
 
