@@ -52,7 +52,7 @@ step "token shards"
 rm -rf "$here"
 tokenizer=bytes
 [ -z "$model" ] || tokenizer=$model
-.venv/bin/python scripts/prepare_data.py --tokenizer "$tokenizer" --valid-every 12 \
+.venv/bin/python scripts/prepare_data.py --tokenizer "$tokenizer" --valid-every 10 \
     --output "$here/shards" "${text:-data/prose/haggard.jsonl.xz}"
 
 if [ -z "$model" ]; then
