@@ -43,6 +43,7 @@ static float softmax_row(const float *logits, int count, float *probabilities) {
     }
     const float inverse = 1.0f / sum;
     for (int i = 0; i < count; i++) probabilities[i] *= inverse;
+    // cppcheck-suppress invalidFunctionArg ; there is at least one expert, so sum >= 1
     return highest + logf(sum);
 }
 

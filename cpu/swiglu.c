@@ -23,6 +23,7 @@ backward_row(const float *gate, const float *up, float scale, int64_t columns, c
         const float da = d[c] * scale;
         dgate[c] = da * u * (sigmoid * (1.0f + g * (1.0f - sigmoid)));
         dup[c] = da * silu;
+        // cppcheck-suppress nullPointer ; `store` says that there is one
         if (store) activation[c] = product * scale;
     }
     return dot;

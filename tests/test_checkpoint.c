@@ -256,7 +256,8 @@ static void expect_manifest(const char *text, const char *message) {
 
 #define HEX         "0123456789abcdef0123456789abcdef"
 #define ENTRY(name) "{\"name\": \"" name "\", \"bytes\": 1, \"xxh3_128\": \"" HEX "\"}"
-#define HEAD        "{\"format\": \"dense2moe-checkpoint\", \"version\": 1, \"step\": 1, \"files\": ["
+#define FORMAT      "\"format\": \"dense2moe-checkpoint\""
+#define HEAD        "{" FORMAT ", \"version\": 1, \"step\": 1, \"files\": ["
 #define BASIC       ENTRY("model.safetensors") "," ENTRY("state.json")
 #define OPTIMIZER   "optimizer-00000-of-00001.safetensors"
 

@@ -41,7 +41,7 @@ Status eval_model_open(const char *directory, EvalModel *out) {
     TRY(io_path(out->path, "%s", directory));
     if (!io_is_directory(directory))
         FAIL(STATUS_MISSING_INPUT, "%s: there is no such directory", directory);
-    Status status;
+    Status status = STATUS_OK;
     if (holds(directory, "checkpoints")) {
         char checkpoints[IO_PATH_MAX];
         int64_t step = -1;
