@@ -123,8 +123,8 @@ END_TEST
 START_TEST(refuses_another_tokenizer) {
     set_up();
     set("data.valid=%s", make_shards("other", VOCAB,
-                                     "0000000000000000000000000000000000000000"
-                                     "000000000000000000000000"));
+                                     "1111111111111111111111111111111111111111"
+                                     "111111111111111111111111"));
     ck_assert_ok(prepare_check_inputs(&recipe)); // the model has no tokenizer files
     write_text(model_path, "dense2moe_tokenizer.json", "{\"type\": \"bytes\"}");
     ck_assert_fails(prepare_check_inputs(&recipe), STATUS_BAD_DATA, "other: the shards were made");
