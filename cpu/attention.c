@@ -1,5 +1,5 @@
-// Causal grouped-query attention in tiles (Dao et al. 2022): no more than TILE_Q x TILE_K scores of
-// one head exist at a time on a thread.
+// Causal grouped-query attention in tiles (Dao et al. 2022): no more than a small tile of the
+// scores of one head exist at a time on a thread.
 //
 // Forward walks the key tiles of a query tile with the online softmax: a running maximum m, sum l
 // and unnormalised output per row, rescaled when the maximum grows. It keeps out and
@@ -17,7 +17,8 @@
 #include "cpu/gemm.h"
 #include "cpu/vector_math.h"
 
-enum { TILE_Q = 64, TILE_K = 256 };
+enum { FORWARD_Q = 32, FORWARD_K = 256, BACKWARD_Q = 256, BACKWARD_K = 32 };
+enum { TILE_FLOATS = 256 * 32 }; // of the larger of the two
 
 // Where one query head of one sequence lies.
 typedef struct Head {
@@ -126,15 +127,15 @@ static void softmax_tile(const Head *head, const ScoreTile *tile, float *scores,
 }
 
 static void forward_query_tile(const Head *head, int64_t q, int64_t rows, float *scores) {
-    float m[TILE_Q], l[TILE_Q];
+    float m[FORWARD_Q], l[FORWARD_Q];
     for (int64_t r = 0; r < rows; r++) {
         m[r] = -INFINITY;
         l[r] = 0.0f;
         float *out = head->out + (q + r) * head->out_stride;
         for (int64_t d = 0; d < head->dim; d++) out[d] = 0.0f;
     }
-    for (int64_t k = first_key(head, q); k < q + rows; k += TILE_K) {
-        const ScoreTile tile = {q, rows, k, min_i64(TILE_K, q + rows - k)};
+    for (int64_t k = first_key(head, q); k < q + rows; k += FORWARD_K) {
+        const ScoreTile tile = {q, rows, k, min_i64(FORWARD_K, q + rows - k)};
         score_tile(head, &tile, scores);
         softmax_tile(head, &tile, scores, m, l);
         gemm_nn(rows, head->dim, tile.columns, 1.0f, scores, tile.columns,
@@ -153,7 +154,7 @@ static void forward_query_tile(const Head *head, int64_t q, int64_t rows, float 
 
 typedef struct AttentionScratch {
     int64_t tile_floats;     // of one thread
-    float *scores, *dscores; // (threads, TILE_Q, TILE_K)
+    float *scores, *dscores; // (threads, FORWARD_Q, FORWARD_K)
     float *delta;            // (B, num_heads, S)
     float *dk, *dv;          // (B, num_heads, S, D): by query head
 } AttentionScratch;
@@ -161,7 +162,7 @@ typedef struct AttentionScratch {
 static void attention_layout(const Backend *backend, const AttentionArgs *args,
                              Workspace *workspace, AttentionScratch *out) {
     const int64_t rows = args->batch * args->num_heads * args->sequence_length;
-    out->tile_floats = TILE_Q * TILE_K;
+    out->tile_floats = TILE_FLOATS;
     out->scores = workspace_floats(workspace, backend->num_threads * out->tile_floats);
     out->dscores = workspace_floats(workspace, backend->num_threads * out->tile_floats);
     out->delta = workspace_floats(workspace, rows);
@@ -182,13 +183,13 @@ Status cpu_attention_forward(Backend *backend, const AttentionArgs *args) {
     attention_layout(backend, args, &workspace, &scratch);
     WORKSPACE_FITS(backend, workspace);
     INVARIANT(args->num_heads % args->num_kv_heads == 0);
-    const int64_t tiles = divide_up(args->sequence_length, TILE_Q);
+    const int64_t tiles = divide_up(args->sequence_length, FORWARD_Q);
     const int64_t units = args->batch * args->num_heads * tiles;
 #pragma omp parallel for num_threads(backend->num_threads) schedule(dynamic)
     for (int64_t i = 0; i < units; i++) {
-        const int64_t unit = i / tiles, q = (tiles - 1 - i % tiles) * TILE_Q; // longest first
+        const int64_t unit = i / tiles, q = (tiles - 1 - i % tiles) * FORWARD_Q; // longest first
         const Head head = head_of(args, unit / args->num_heads, (int)(unit % args->num_heads));
-        forward_query_tile(&head, q, min_i64(TILE_Q, head.length - q),
+        forward_query_tile(&head, q, min_i64(FORWARD_Q, head.length - q),
                            scratch.scores + omp_get_thread_num() * scratch.tile_floats);
     }
     return STATUS_OK;
@@ -225,40 +226,47 @@ static void gradient_tile(const Head *head, const ScoreTile *tile, const float *
     }
 }
 
-static void backward_query_tile(const Head *head, const HeadGradient *gradient, int64_t q,
-                                int64_t rows, float *scores, float *dscores) {
-    const int64_t dim = head->dim, first = first_key(head, q);
-    const float *dout = gradient->dout + q * head->out_stride;
-    for (int64_t k = first; k < q + rows; k += TILE_K) {
-        const ScoreTile tile = {q, rows, k, min_i64(TILE_K, q + rows - k)};
+// All queries that see the keys [k, k + columns).
+static void backward_key_tile(const Head *head, const HeadGradient *gradient, int64_t k,
+                              int64_t columns, float *scores, float *dscores) {
+    const int64_t dim = head->dim;
+    const float *keys = head->k + k * head->stride, *values = head->v + k * head->stride;
+    for (int64_t q = k; q < head->length; q += BACKWARD_Q) {
+        if (first_key(head, q) >= k + columns) break; // this document and all later ones
+        const ScoreTile tile = {q, min_i64(BACKWARD_Q, head->length - q), k, columns};
+        const float *queries = head->q + q * head->stride;
+        const float *dout = gradient->dout + q * head->out_stride;
+        const float beta = q == k ? 0.0f : 1.0f; // the first tile assigns
         score_tile(head, &tile, scores);
-        gemm_nt(rows, tile.columns, dim, 1.0f, dout, head->out_stride, head->v + k * head->stride,
-                head->stride, 0.0f, dscores, tile.columns);
+        gemm_nt(tile.rows, columns, dim, 1.0f, dout, head->out_stride, values, head->stride, 0.0f,
+                dscores, columns);
         gradient_tile(head, &tile, gradient->delta, scores, dscores);
-        gemm_tn(tile.columns, dim, rows, 1.0f, scores, tile.columns, dout, head->out_stride, 1.0f,
+        gemm_tn(columns, dim, tile.rows, 1.0f, scores, columns, dout, head->out_stride, beta,
                 gradient->dv + k * dim, dim);
-        gemm_tn(tile.columns, dim, rows, 1.0f, dscores, tile.columns, head->q + q * head->stride,
-                head->stride, 1.0f, gradient->dk + k * dim, dim);
-        gemm_nn(rows, dim, tile.columns, 1.0f, dscores, tile.columns, head->k + k * head->stride,
-                head->stride, k == first ? 0.0f : 1.0f, gradient->dq + q * head->stride,
-                head->stride);
+        gemm_tn(columns, dim, tile.rows, 1.0f, dscores, columns, queries, head->stride, beta,
+                gradient->dk + k * dim, dim);
+        gemm_nn(tile.rows, dim, columns, 1.0f, dscores, columns, keys, head->stride, 1.0f,
+                gradient->dq + q * head->stride, head->stride);
     }
 }
 
 static void backward_head(const Head *head, const HeadGradient *gradient, float *scores,
                           float *dscores) {
     const int64_t dim = head->dim;
-    for (int64_t i = 0; i < head->length * dim; i++) gradient->dk[i] = gradient->dv[i] = 0.0f;
     for (int64_t s = 0; s < head->length; s++) {
         const float *out = head->out + s * head->out_stride;
         const float *dout = gradient->dout + s * head->out_stride;
-        float sum = 0;
+        float *dq = gradient->dq + s * head->stride, sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < dim; d++) sum += out[d] * dout[d];
+        for (int64_t d = 0; d < dim; d++) {
+            sum += out[d] * dout[d];
+            dq[d] = 0.0f;
+        }
         gradient->delta[s] = sum;
     }
-    for (int64_t q = 0; q < head->length; q += TILE_Q)
-        backward_query_tile(head, gradient, q, min_i64(TILE_Q, head->length - q), scores, dscores);
+    for (int64_t k = 0; k < head->length; k += BACKWARD_K)
+        backward_key_tile(head, gradient, k, min_i64(BACKWARD_K, head->length - k), scores,
+                          dscores);
 }
 
 // dk and dv of one token: sums over the query heads of each group.

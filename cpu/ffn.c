@@ -37,6 +37,7 @@ static void gate_up_tile(const FfnArgs *args, const Tile *tile, float *activatio
         gemm_nt(tile->rows, tile->columns, hidden, 1.0f, x, hidden, weight + inner * hidden, hidden,
                 0.0f, gate + inner, 2 * inner);
     }
+    if (!args->out && !args->activation) return;
     for (int64_t r = 0; r < tile->rows; r++)
         swiglu_forward_row(gate + r * 2 * inner, gate + r * 2 * inner + inner, 1.0f, tile->columns,
                            activation + (tile->row + r) * inner + tile->column);

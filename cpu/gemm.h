@@ -34,7 +34,7 @@ typedef struct Tile {
 } Tile;
 
 // Tiles that are large enough for OpenBLAS to run near its peak and, where the output allows, many
-// enough to keep `threads` threads busy. Rows are cut before columns: whole rows are faster.
+// enough to keep `threads` threads busy.
 TileGrid tile_grid(int threads, int64_t rows, int64_t columns);
 Tile tile_at(const TileGrid *grid, int64_t index);
 

@@ -11,73 +11,89 @@
 #include "cpu/gemm.h"
 #include "cpu/swiglu.h"
 
-typedef struct MoeScratch {
-    float *x;             // (R, H) rows of x by expert; R = T*k
-    float *activation;    // (R, I) with the gate inside
-    float *rows;          // (R, H) forward: weighted expert outputs; backward: dx by row
-    float *dout;          // (R, H) rows of dout by expert
-    float *dgate_up;      // (R, 2I)
-    float *dgate;         // (R, across) partial sums over the tiles of I
-    int64_t *inner_begin; // (N+1) first tile of each expert
-    int64_t *hidden_begin;
-} MoeScratch;
-
-// The rows of every expert times `columns` columns, cut into tiles that never mix experts.
+// The rows of all experts cut into pieces of nearly equal size that never mix experts, and the
+// columns of a product into `across` parts: tile i is part i % across of piece i / across.
 typedef struct ExpertGrid {
-    const int32_t *expert_begin;
-    int num_experts;
-    int64_t columns;
-    const int64_t *first_tile; // (N+1)
+    int64_t columns, across, pieces;
+    int64_t *begin;  // (pieces + 1) first row of each piece
+    int32_t *expert; // (pieces)
 } ExpertGrid;
 
-static TileGrid grid_of_expert(const ExpertGrid *grid, int expert) {
-    const int64_t rows = grid->expert_begin[expert + 1] - grid->expert_begin[expert];
-    return tile_grid(1, rows, grid->columns);
+typedef struct MoeScratch {
+    float *x;          // (R, H) rows of x by expert; R = T*k
+    float *activation; // (R, I) with the gate inside
+    float *rows;       // (R, H) forward: weighted expert outputs; backward: dx by row
+    float *dout;       // (R, H) rows of dout by expert
+    float *dgate_up;   // (R, 2I)
+    float *dgate;      // (R, inner.across) partial sums over the tiles of I
+    ExpertGrid inner;  // tiles of (R, I)
+    ExpertGrid hidden; // tiles of (R, H)
+} MoeScratch;
+
+static int64_t row_count(const MoeFfnArgs *args) {
+    return args->tokens * args->top_k;
 }
 
-static ExpertGrid expert_grid(const MoeFfnArgs *args, int64_t columns, int64_t *first_tile) {
-    ExpertGrid grid = {args->routing.expert_begin, args->num_experts, columns, first_tile};
-    first_tile[0] = 0;
-    for (int e = 0; e < args->num_experts; e++)
-        first_tile[e + 1] = first_tile[e] + grid_of_expert(&grid, e).count;
-    return grid;
+// The shape alone decides how many parts there are; the routing, in expert_grid_fill, what they
+// are.
+static void expert_grid_layout(const Backend *backend, const MoeFfnArgs *args, int64_t columns,
+                               Workspace *workspace, ExpertGrid *out) {
+    const TileGrid grid = tile_grid(backend->num_threads, row_count(args), columns);
+    const size_t most = (size_t)(args->num_experts + grid.down);
+    out->columns = columns;
+    out->across = grid.across;
+    out->pieces = grid.down;
+    out->begin = workspace_take(workspace, (most + 1) * sizeof *out->begin);
+    out->expert = workspace_take(workspace, most * sizeof *out->expert);
 }
 
-// Tile `index`, its row counted from the first row of all experts.
+// Cuts at the experts' borders and at those of `pieces` equal parts of all rows.
+static void expert_grid_fill(const MoeFfnArgs *args, ExpertGrid *grid) {
+    const int64_t rows = row_count(args), parts = grid->pieces;
+    int64_t pieces = 0, part = 0;
+    for (int e = 0; e < args->num_experts; e++) {
+        int64_t row = args->routing.expert_begin[e];
+        const int64_t end = args->routing.expert_begin[e + 1];
+        while (row < end) {
+            while (part_begin(rows, parts, part + 1) <= row) part++;
+            grid->begin[pieces] = row;
+            grid->expert[pieces++] = e;
+            row = min_i64(end, part_begin(rows, parts, part + 1));
+        }
+    }
+    grid->begin[pieces] = rows;
+    grid->pieces = pieces;
+}
+
 static Tile expert_tile(const ExpertGrid *grid, int64_t index, int *expert) {
-    int e = 0;
-    while (grid->first_tile[e + 1] <= index) e++;
-    const TileGrid tiles = grid_of_expert(grid, e);
-    Tile tile = tile_at(&tiles, index - grid->first_tile[e]);
-    tile.row += grid->expert_begin[e];
-    *expert = e;
+    const int64_t piece = index / grid->across, part = index % grid->across;
+    Tile tile;
+    *expert = grid->expert[piece];
+    tile.row = grid->begin[piece];
+    tile.rows = grid->begin[piece + 1] - tile.row;
+    tile.column = part_begin(grid->columns, grid->across, part);
+    tile.columns = part_begin(grid->columns, grid->across, part + 1) - tile.column;
     return tile;
 }
 
-// How many tiles lie side by side over I: the same for every expert with rows.
-static int64_t tiles_across(const MoeFfnArgs *args) {
-    return tile_grid(1, 1, args->intermediate_size).across;
-}
-
-static void moe_layout(const MoeFfnArgs *args, Workspace *workspace, MoeScratch *out) {
-    const int64_t rows = args->tokens * args->top_k;
-    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const size_t counts = ((size_t)args->num_experts + 1) * sizeof(int64_t);
-    out->inner_begin = workspace_take(workspace, counts);
-    out->hidden_begin = workspace_take(workspace, counts);
+static void moe_layout(const Backend *backend, const MoeFfnArgs *args, Workspace *workspace,
+                       MoeScratch *out) {
+    const int64_t rows = row_count(args), hidden = args->hidden_size;
+    const int64_t inner = args->intermediate_size;
+    expert_grid_layout(backend, args, inner, workspace, &out->inner);
+    expert_grid_layout(backend, args, hidden, workspace, &out->hidden);
     out->x = workspace_floats(workspace, rows * hidden);
     out->activation = workspace_floats(workspace, rows * inner);
     out->rows = workspace_floats(workspace, rows * hidden);
     out->dout = workspace_floats(workspace, rows * hidden);
     out->dgate_up = workspace_floats(workspace, rows * 2 * inner);
-    out->dgate = workspace_floats(workspace, rows * tiles_across(args));
+    out->dgate = workspace_floats(workspace, rows * out->inner.across);
 }
 
 size_t cpu_moe_ffn_workspace(const Backend *backend, const MoeFfnArgs *args) {
-    (void)backend;
     Workspace counter = {NULL, 0};
     MoeScratch unused;
-    moe_layout(args, &counter, &unused);
+    moe_layout(backend, args, &counter, &unused);
     return counter.used;
 }
 
@@ -129,6 +145,7 @@ static void forward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch
         gemm_nt(tile->rows, tile->columns, hidden, 1.0f, x, hidden, weight + inner * hidden, hidden,
                 0.0f, gate + inner, 2 * inner);
     }
+    if (!args->out) return;
     for (int64_t r = 0; r < tile->rows; r++) {
         const float weight_of_row = args->routing.gate[args->routing.slot_of_row[tile->row + r]];
         swiglu_forward_row(gate + r * 2 * inner, gate + r * 2 * inner + inner, weight_of_row,
@@ -140,14 +157,16 @@ static void forward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch
 Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
     Workspace workspace = workspace_open(backend);
     MoeScratch scratch;
-    moe_layout(args, &workspace, &scratch);
+    moe_layout(backend, args, &workspace, &scratch);
     WORKSPACE_FITS(backend, workspace);
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t rows = args->tokens * args->top_k;
+    const int64_t rows = row_count(args);
     const int parts = backend->num_threads;
-    const ExpertGrid inner_grid = expert_grid(args, inner, scratch.inner_begin);
+    expert_grid_fill(args, &scratch.inner);
+    expert_grid_fill(args, &scratch.hidden);
+    const int64_t inner_tiles = scratch.inner.pieces * scratch.inner.across;
     // Without out (NULL) only gate_up is wanted: the second half has no tiles and no tokens.
-    const ExpertGrid hidden_grid = expert_grid(args, args->out ? hidden : 0, scratch.hidden_begin);
+    const int64_t hidden_tiles = args->out ? scratch.hidden.pieces * scratch.hidden.across : 0;
     const int64_t combined = args->out ? args->tokens : 0;
 #pragma omp parallel num_threads(parts)
     {
@@ -156,15 +175,15 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
             gather_rows(args, args->x, part_begin(rows, parts, p), part_begin(rows, parts, p + 1),
                         scratch.x);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < inner_grid.first_tile[args->num_experts]; i++) {
+        for (int64_t i = 0; i < inner_tiles; i++) {
             int expert;
-            const Tile tile = expert_tile(&inner_grid, i, &expert);
+            const Tile tile = expert_tile(&scratch.inner, i, &expert);
             forward_inner_tile(args, &scratch, expert, &tile);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < hidden_grid.first_tile[args->num_experts]; i++) {
+        for (int64_t i = 0; i < hidden_tiles; i++) {
             int expert;
-            const Tile tile = expert_tile(&hidden_grid, i, &expert);
+            const Tile tile = expert_tile(&scratch.hidden, i, &expert);
             gemm_nt(tile.rows, tile.columns, inner, 1.0f, scratch.activation + tile.row * inner,
                     inner, expert_down(args, expert) + tile.column * inner, inner, 0.0f,
                     scratch.rows + tile.row * hidden + tile.column, hidden);
@@ -177,7 +196,7 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
 
 // dgate_up, the activation and this tile's share of dgate.
 static void backward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch, int expert,
-                                const Tile *tile, int64_t across, int64_t column_tile) {
+                                const Tile *tile, int64_t part) {
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
     const float *gate = (const float *)args->gate_up + tile->row * 2 * inner + tile->column;
     float *dgate = scratch->dgate_up + tile->row * 2 * inner + tile->column;
@@ -187,7 +206,7 @@ static void backward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratc
         const int64_t row = tile->row + r;
         const float weight = args->routing.gate[args->routing.slot_of_row[row]];
         float *d = dgate + r * 2 * inner;
-        scratch->dgate[row * across + column_tile] = swiglu_backward_row(
+        scratch->dgate[row * scratch->inner.across + part] = swiglu_backward_row(
             gate + r * 2 * inner, gate + r * 2 * inner + inner, weight, tile->columns, d, d,
             d + inner, scratch->activation + row * inner + tile->column);
     }
@@ -195,8 +214,7 @@ static void backward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratc
 
 typedef struct LastGrids {
     TileGrid gate_up, down; // of one expert's weight gradients
-    ExpertGrid dx;
-    int64_t count;
+    int64_t count;          // tiles of all experts and of dx
 } LastGrids;
 
 // The products that need dgate_up and the activation complete: both weight gradients of every
@@ -207,7 +225,8 @@ static void last_product_tile(const MoeFfnArgs *args, const MoeScratch *scratch,
     const int64_t per_expert = grids->gate_up.count + grids->down.count;
     if (index >= per_expert * args->num_experts) {
         int expert;
-        const Tile tile = expert_tile(&grids->dx, index - per_expert * args->num_experts, &expert);
+        const Tile tile =
+            expert_tile(&scratch->hidden, index - per_expert * args->num_experts, &expert);
         gemm_nn(tile.rows, tile.columns, 2 * inner, 1.0f, scratch->dgate_up + tile.row * 2 * inner,
                 2 * inner, expert_gate_up(args, expert) + tile.column, hidden, 0.0f,
                 scratch->rows + tile.row * hidden + tile.column, hidden);
@@ -233,8 +252,8 @@ static void last_product_tile(const MoeFfnArgs *args, const MoeScratch *scratch,
 }
 
 // dx and dgate of one token from its rows.
-static void finish_token(const MoeFfnArgs *args, const MoeScratch *scratch, int64_t across,
-                         int64_t t) {
+static void finish_token(const MoeFfnArgs *args, const MoeScratch *scratch, int64_t t) {
+    const int64_t across = scratch->inner.across;
     combine_token(args, scratch->rows, t, args->dx);
     for (int j = 0; j < args->top_k; j++) {
         const int64_t slot = t * args->top_k + j;
@@ -248,15 +267,17 @@ static void finish_token(const MoeFfnArgs *args, const MoeScratch *scratch, int6
 Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) {
     Workspace workspace = workspace_open(backend);
     MoeScratch scratch;
-    moe_layout(args, &workspace, &scratch);
+    moe_layout(backend, args, &workspace, &scratch);
     WORKSPACE_FITS(backend, workspace);
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t rows = args->tokens * args->top_k, across = tiles_across(args);
+    const int64_t rows = row_count(args);
     const int parts = backend->num_threads, experts = args->num_experts;
-    const ExpertGrid inner_grid = expert_grid(args, inner, scratch.inner_begin);
-    LastGrids last = {tile_grid(1, 2 * inner, hidden), tile_grid(1, hidden, inner),
-                      expert_grid(args, hidden, scratch.hidden_begin), 0};
-    last.count = (last.gate_up.count + last.down.count) * experts + last.dx.first_tile[experts];
+    expert_grid_fill(args, &scratch.inner);
+    expert_grid_fill(args, &scratch.hidden);
+    const int64_t inner_tiles = scratch.inner.pieces * scratch.inner.across;
+    LastGrids last = {tile_grid(parts, 2 * inner, hidden), tile_grid(parts, hidden, inner), 0};
+    last.count = (last.gate_up.count + last.down.count) * experts +
+                 scratch.hidden.pieces * scratch.hidden.across;
 #pragma omp parallel num_threads(parts)
     {
 #pragma omp for schedule(static)
@@ -266,16 +287,15 @@ Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) {
             gather_rows(args, args->dout, begin, end, scratch.dout);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < inner_grid.first_tile[experts]; i++) {
+        for (int64_t i = 0; i < inner_tiles; i++) {
             int expert;
-            const Tile tile = expert_tile(&inner_grid, i, &expert);
-            backward_inner_tile(args, &scratch, expert, &tile, across,
-                                (i - inner_grid.first_tile[expert]) % across);
+            const Tile tile = expert_tile(&scratch.inner, i, &expert);
+            backward_inner_tile(args, &scratch, expert, &tile, i % scratch.inner.across);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < last.count; i++) last_product_tile(args, &scratch, &last, i);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < args->tokens; t++) finish_token(args, &scratch, across, t);
+        for (int64_t t = 0; t < args->tokens; t++) finish_token(args, &scratch, t);
     }
     return STATUS_OK;
 }
