@@ -1,0 +1,18 @@
+// Creating the GPU backend: the only header of cuda/ that other rooms include.
+#ifndef CUDA_BACKEND_H
+#define CUDA_BACKEND_H
+
+#include <stdbool.h>
+#include "base/status.h"
+#include "model/backend.h"
+
+typedef struct CudaOptions {
+    int device;
+    bool fp32; // every op in fp32 (no TF32), for tests
+} CudaOptions;
+
+// STATUS_USAGE with what to do when there is no device, the driver is too old, or the architecture
+// is below 8.0.
+Status backend_cuda(const CudaOptions *options, Backend **out) NODISCARD;
+
+#endif

@@ -1,0 +1,87 @@
+// Device helpers of every kernel family: conversions, 16-byte vectors, block reductions.
+#ifndef CUDA_COMMON_CUH
+#define CUDA_COMMON_CUH
+
+#include <cuda_bf16.h>
+#include <stdint.h>
+#include "cuda/cuda.h"
+
+typedef __nv_bfloat16 bf16;
+
+static __device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+static __device__ __forceinline__ float to_float(bf16 x) {
+    return __bfloat162float(x);
+}
+template <typename T> static __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// 16 bytes of T: 4 floats or 8 bf16. Pointers must be 16-byte aligned.
+template <typename T> struct alignas(16) Vec {
+    static constexpr int SIZE = 16 / sizeof(T);
+    T v[SIZE];
+};
+template <typename T> static __device__ __forceinline__ Vec<T> load_vec(const T *p) {
+    Vec<T> r;
+    *reinterpret_cast<int4 *>(&r) = *reinterpret_cast<const int4 *>(p);
+    return r;
+}
+template <typename T> static __device__ __forceinline__ void store_vec(T *p, const Vec<T> &r) {
+    *reinterpret_cast<int4 *>(p) = *reinterpret_cast<const int4 *>(&r);
+}
+
+// True when rows of `width` elements at `p` can be accessed as vectors.
+template <typename T> static inline bool vec_ok(const void *p, int64_t width) {
+    return ((uintptr_t)p & 15) == 0 && width % Vec<T>::SIZE == 0;
+}
+
+static __device__ __forceinline__ float warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+static __device__ __forceinline__ double warp_sum(double x) {
+    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+static __device__ __forceinline__ float warp_max(float x) {
+    for (int offset = 16; offset > 0; offset >>= 1)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+// Sum over a block of up to 1024 threads (a multiple of 32), to every thread, in a fixed order.
+// Every thread of the block must call it; `shared` holds 32 values.
+template <typename F> static __device__ __forceinline__ F block_sum(F x, F *shared) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    x = warp_sum(x);
+    if (warps == 1) return x;
+    __syncthreads();
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    x = lane < warps ? shared[lane] : F(0);
+    return warp_sum(x);
+}
+
+static inline int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// Calls body with T = float or bf16 by dtype.
+#define DISPATCH_DTYPE(dtype, T, ...)                                                              \
+    do {                                                                                           \
+        if ((dtype) == DTYPE_F32) {                                                                \
+            using T = float;                                                                       \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            using T = bf16;                                                                        \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+#endif

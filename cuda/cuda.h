@@ -1,0 +1,156 @@
+// What the files of the GPU backend share: the backend's state, error mapping, the list of ops.
+//
+// One kernel family per .cu file; each op is a function `Status cuda_<op>(Backend *, const Args *)`
+// that checks nothing but its own limits, launches on the compute stream and returns. Storage is
+// float or bf16 as the backend was created (`compute_dtype`); arithmetic is fp32. Nothing here
+// allocates: scratch comes from the workspace, whose size each family reports (cuda_*_workspace).
+#ifndef CUDA_CUDA_H
+#define CUDA_CUDA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include "model/backend.h"
+
+typedef struct GemmCache GemmCache;           // gemm.cu
+typedef struct AttentionCache AttentionCache; // attention_cudnn.cu, or NULL without cuDNN
+
+enum { CUDA_SIDE_STREAMS = 4 };
+
+typedef struct CudaBackend {
+    Backend base;
+    int device;
+    int num_sms;
+    cudaStream_t stream; // every op, in order
+    // Work that may overlap inside one op (the experts' GEMMs) forks from `stream` to these and
+    // joins again before the op returns.
+    cudaStream_t side[CUDA_SIDE_STREAMS];
+    cudaEvent_t fork_event, join_event[CUDA_SIDE_STREAMS];
+    cublasLtHandle_t lt;
+    GemmCache *gemms;
+    AttentionCache *attention;
+    void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
+    void *workspace;
+    size_t workspace_bytes;
+    int32_t *host_counts;  // pinned: rows per expert of the op in flight
+    int32_t *device_error; // first bad token id: {position + 1, id}; read by synchronize
+    const char *current_op; // named when a CUDA call fails
+} CudaBackend;
+
+static inline CudaBackend *cuda_of(Backend *backend) {
+    return (CudaBackend *)backend;
+}
+
+// Turns a CUDA / cuBLAS error into STATUS_INTERNAL naming the op and the call.
+Status cuda_check(CudaBackend *backend, cudaError_t error, const char *file, int line,
+                  const char *call) NODISCARD;
+Status cuda_check_blas(CudaBackend *backend, cublasStatus_t error, const char *file, int line,
+                       const char *call) NODISCARD;
+#define CUDA_TRY(backend, call)                                                                    \
+    do {                                                                                           \
+        Status cuda_try_ = cuda_check((backend), (call), __FILE__, __LINE__, #call);               \
+        if (cuda_try_ != STATUS_OK) return cuda_try_;                                              \
+    } while (0)
+#define BLAS_TRY(backend, call)                                                                    \
+    do {                                                                                           \
+        Status cuda_try_ = cuda_check_blas((backend), (call), __FILE__, __LINE__, #call);          \
+        if (cuda_try_ != STATUS_OK) return cuda_try_;                                              \
+    } while (0)
+// After a kernel launch.
+#define LAUNCH_TRY(backend) CUDA_TRY(backend, cudaGetLastError())
+
+// A piece of the workspace, 256-byte aligned; fails when the op's own count was too small.
+typedef struct Scratch {
+    char *next, *end;
+} Scratch;
+Scratch scratch_open(CudaBackend *backend);
+Status scratch_take(Scratch *scratch, size_t bytes, void **out) NODISCARD;
+static inline size_t scratch_bytes(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
+// --- gemm.cu: row-major GEMM through cuBLASLt, descriptors and algorithm cached per shape -------
+
+// C = alpha · op(A) · op(B) + beta · C (+ bias over columns), all row-major and packed unless a
+// leading dimension says otherwise; op(A) is (m, k), op(B) is (k, n), C is (m, n).
+typedef struct Gemm {
+    int64_t m, n, k;
+    bool transpose_a, transpose_b; // A is stored (k, m), B is stored (n, k)
+    DType dtype_ab, dtype_c;
+    const void *a, *b;
+    void *c;
+    const void *bias; // (n) of dtype_ab, or NULL
+    void *bias_grad;  // (n) += column sums of op(B), or NULL (wgrad epilogue where supported)
+    int64_t lda, ldb, ldc; // 0 = packed
+    float alpha, beta;
+} Gemm;
+enum { GEMM_WORKSPACE_BYTES = 32 << 20 };
+Status gemm_run(CudaBackend *backend, const Gemm *gemm, int stream_index) NODISCARD;
+Status gemm_cache_create(CudaBackend *backend) NODISCARD;
+void gemm_cache_destroy(CudaBackend *backend);
+
+// --- attention_cudnn.cu (empty functions when the build has no cuDNN) ---------------------------
+Status attention_cache_create(CudaBackend *backend) NODISCARD;
+void attention_cache_destroy(CudaBackend *backend);
+
+// --- Ops, by file ---------------------------------------------------------------------------
+
+// embed.cu
+Status cuda_embed_forward(Backend *, const EmbedArgs *);
+Status cuda_embed_backward(Backend *, const EmbedArgs *);
+size_t cuda_embed_workspace(const CudaBackend *, const EmbedArgs *);
+// norm.cu
+Status cuda_rmsnorm_forward(Backend *, const RmsNormArgs *);
+Status cuda_rmsnorm_backward(Backend *, const RmsNormArgs *);
+size_t cuda_rmsnorm_workspace(const CudaBackend *, const RmsNormArgs *);
+// linear.cu
+Status cuda_linear_forward(Backend *, const LinearArgs *);
+Status cuda_linear_backward(Backend *, const LinearArgs *);
+size_t cuda_linear_workspace(const CudaBackend *, const LinearArgs *);
+// rope.cu
+Status cuda_rope_forward(Backend *, const RopeArgs *);
+Status cuda_rope_backward(Backend *, const RopeArgs *);
+size_t cuda_rope_workspace(const CudaBackend *, const RopeArgs *);
+// attention.cu chooses between attention_cudnn.cu and attention_flash.cu
+Status cuda_attention_forward(Backend *, const AttentionArgs *);
+Status cuda_attention_backward(Backend *, const AttentionArgs *);
+size_t cuda_attention_workspace(const CudaBackend *, const AttentionArgs *);
+// ffn.cu
+Status cuda_ffn_forward(Backend *, const FfnArgs *);
+Status cuda_ffn_backward(Backend *, const FfnArgs *);
+size_t cuda_ffn_workspace(const CudaBackend *, const FfnArgs *);
+// route.cu
+Status cuda_route_forward(Backend *, const RouteArgs *);
+Status cuda_route_backward(Backend *, const RouteArgs *);
+size_t cuda_route_workspace(const CudaBackend *, const RouteArgs *);
+Status cuda_router_loss(Backend *, const RouterLossArgs *);
+size_t cuda_router_loss_workspace(const CudaBackend *, const RouterLossArgs *);
+// moe_ffn.cu
+Status cuda_moe_ffn_forward(Backend *, const MoeFfnArgs *);
+Status cuda_moe_ffn_backward(Backend *, const MoeFfnArgs *);
+size_t cuda_moe_ffn_workspace(const CudaBackend *, const MoeFfnArgs *);
+// cross_entropy.cu
+Status cuda_linear_cross_entropy(Backend *, const LinearCrossEntropyArgs *);
+size_t cuda_linear_cross_entropy_workspace(const CudaBackend *, const LinearCrossEntropyArgs *);
+// adamw.cu
+Status cuda_adamw(Backend *, const AdamwArgs *);
+// reduce.cu
+Status cuda_norm2(Backend *, DType, const void *, int64_t, double *);
+size_t cuda_norm2_workspace(const CudaBackend *, const int64_t *count);
+Status cuda_row_similarity(Backend *, const RowSimilarityArgs *);
+size_t cuda_row_similarity_workspace(const CudaBackend *, const RowSimilarityArgs *);
+// elementwise.cu
+Status cuda_add(Backend *, void *, const void *, int64_t);
+Status cuda_cast(Backend *, DType, void *, DType, const void *, int64_t);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,223 @@
+// Row-major GEMM through cuBLASLt, with descriptors and the chosen algorithm kept per shape.
+//
+// cuBLASLt is column-major; a row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ, so operands swap
+// places and nothing is ever transposed in memory. The first call of a shape asks the heuristic;
+// later calls find the entry in a small open-addressing table. Algorithms that reduce with atomics
+// are never asked for: the heuristic's reduction schemes are limited to those of a fixed order.
+#include <stdlib.h>
+#include <string.h>
+#include "cuda/common.cuh"
+#include "cuda/cuda.h"
+
+enum { GEMM_CACHE_SLOTS = 1024 };
+
+// Everything that decides descriptors and algorithm; compared as bytes, so filled after memset.
+typedef struct GemmKey {
+    int64_t m, n, k, lda, ldb, ldc;
+    int32_t transpose_a, transpose_b, dtype_ab, dtype_c, has_bias, has_bias_grad, beta_zero;
+    int32_t alignment; // of the least aligned pointer, up to 256
+} GemmKey;
+
+typedef struct GemmEntry {
+    bool used;
+    GemmKey key;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+} GemmEntry;
+
+struct GemmCache {
+    GemmEntry entries[GEMM_CACHE_SLOTS];
+    int count;
+};
+
+Status gemm_cache_create(CudaBackend *backend) {
+    backend->gemms = (GemmCache *)calloc(1, sizeof *backend->gemms);
+    if (!backend->gemms) FAIL(STATUS_INTERNAL, "out of memory for the GEMM cache");
+    BLAS_TRY(backend, cublasLtCreate(&backend->lt));
+    return STATUS_OK;
+}
+
+static void entry_free(GemmEntry *entry) {
+    if (entry->a) cublasLtMatrixLayoutDestroy(entry->a);
+    if (entry->b) cublasLtMatrixLayoutDestroy(entry->b);
+    if (entry->c) cublasLtMatrixLayoutDestroy(entry->c);
+    if (entry->operation) cublasLtMatmulDescDestroy(entry->operation);
+    memset(entry, 0, sizeof *entry);
+}
+
+void gemm_cache_destroy(CudaBackend *backend) {
+    if (backend->gemms) {
+        for (int i = 0; i < GEMM_CACHE_SLOTS; i++)
+            if (backend->gemms->entries[i].used) entry_free(&backend->gemms->entries[i]);
+        free(backend->gemms);
+    }
+    if (backend->lt) cublasLtDestroy(backend->lt);
+}
+
+static cudaDataType_t cuda_type(int dtype) {
+    return dtype == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+static uint64_t key_hash(const GemmKey *key) {
+    uint64_t hash = 1469598103934665603u;
+    const unsigned char *bytes = (const unsigned char *)key;
+    for (size_t i = 0; i < sizeof *key; i++) hash = (hash ^ bytes[i]) * 1099511628211u;
+    return hash;
+}
+
+static int pointer_alignment(const Gemm *g) {
+    uintptr_t bits = (uintptr_t)g->a | (uintptr_t)g->b | (uintptr_t)g->c;
+    int alignment = 256;
+    while (alignment > 1 && bits % (uintptr_t)alignment) alignment /= 2;
+    return alignment;
+}
+
+static GemmKey make_key(const Gemm *g) {
+    GemmKey key;
+    memset(&key, 0, sizeof key);
+    key.m = g->m;
+    key.n = g->n;
+    key.k = g->k;
+    key.lda = g->lda ? g->lda : (g->transpose_a ? g->m : g->k);
+    key.ldb = g->ldb ? g->ldb : (g->transpose_b ? g->k : g->n);
+    key.ldc = g->ldc ? g->ldc : g->n;
+    key.transpose_a = g->transpose_a;
+    key.transpose_b = g->transpose_b;
+    key.dtype_ab = g->dtype_ab;
+    key.dtype_c = g->dtype_c;
+    key.has_bias = g->bias != NULL;
+    key.has_bias_grad = g->bias_grad != NULL;
+    key.beta_zero = g->beta == 0.0f;
+    key.alignment = pointer_alignment(g);
+    return key;
+}
+
+static Status set_epilogue(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    if (key->has_bias) epilogue = CUBLASLT_EPILOGUE_BIAS;
+    if (key->has_bias_grad) epilogue = CUBLASLT_EPILOGUE_BGRADA; // our B is cuBLAS's A
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
+                          entry->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                          sizeof epilogue));
+    if (key->has_bias) {
+        cudaDataType_t type = cuda_type(key->dtype_ab);
+        BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation,
+                                                         CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
+                                                         &type, sizeof type));
+    }
+    return STATUS_OK;
+}
+
+static Status make_descriptors(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
+    cudaDataType_t ab = cuda_type(key->dtype_ab), c = cuda_type(key->dtype_c);
+    cublasOperation_t op_a = key->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_b = key->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    BLAS_TRY(backend,
+             cublasLtMatmulDescCreate(&entry->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
+                          entry->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
+                          entry->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
+    // Column-major views: our B is (n, k) or its transpose, our A is (k, m) or its transpose.
+    uint64_t rows_a = (uint64_t)(key->transpose_b ? key->k : key->n);
+    uint64_t cols_a = (uint64_t)(key->transpose_b ? key->n : key->k);
+    uint64_t rows_b = (uint64_t)(key->transpose_a ? key->m : key->k);
+    uint64_t cols_b = (uint64_t)(key->transpose_a ? key->k : key->m);
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->a, ab, rows_a, cols_a, key->ldb));
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->b, ab, rows_b, cols_b, key->lda));
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->c, c, (uint64_t)key->n,
+                                                 (uint64_t)key->m, key->ldc));
+    return set_epilogue(backend, key, entry);
+}
+
+static Status set_preferences(CudaBackend *backend, const GemmKey *key,
+                              cublasLtMatmulPreference_t preference) {
+    size_t workspace = GEMM_WORKSPACE_BYTES;
+    uint32_t alignment = (uint32_t)key->alignment;
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    const cublasLtMatmulPreferenceAttributes_t alignments[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(
+                          preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                          sizeof workspace));
+    // The in-place scheme adds partial sums with atomics, in no fixed order.
+    BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(
+                          preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                          sizeof schemes));
+    for (cublasLtMatmulPreferenceAttributes_t attribute : alignments)
+        BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment,
+                                                               sizeof alignment));
+    return STATUS_OK;
+}
+
+static Status choose_algorithm(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
+    cublasLtMatmulPreference_t preference;
+    BLAS_TRY(backend, cublasLtMatmulPreferenceCreate(&preference));
+    Status status = set_preferences(backend, key, preference);
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    if (status == STATUS_OK)
+        status = cuda_check_blas(backend,
+                                 cublasLtMatmulAlgoGetHeuristic(
+                                     backend->lt, entry->operation, entry->a, entry->b, entry->c,
+                                     entry->c, preference, 1, &result, &found),
+                                 __FILE__, __LINE__, "cublasLtMatmulAlgoGetHeuristic");
+    cublasLtMatmulPreferenceDestroy(preference);
+    TRY(status);
+    if (found == 0)
+        FAIL(STATUS_INTERNAL,
+             "cuBLASLt has no algorithm for a (%lld x %lld) x (%lld x %lld) product",
+             (long long)key->m, (long long)key->k, (long long)key->k, (long long)key->n);
+    entry->algorithm = result.algo;
+    return STATUS_OK;
+}
+
+static Status find_entry(CudaBackend *backend, const GemmKey *key, GemmEntry **out) {
+    GemmCache *cache = backend->gemms;
+    uint64_t slot = key_hash(key) % GEMM_CACHE_SLOTS;
+    while (cache->entries[slot].used) {
+        *out = &cache->entries[slot];
+        if (memcmp(&(*out)->key, key, sizeof *key) == 0) return STATUS_OK;
+        slot = (slot + 1) % GEMM_CACHE_SLOTS;
+    }
+    if (cache->count > GEMM_CACHE_SLOTS / 2) { // expert GEMMs have ever new row counts
+        for (int i = 0; i < GEMM_CACHE_SLOTS; i++)
+            if (cache->entries[i].used) entry_free(&cache->entries[i]);
+        cache->count = 0;
+        slot = key_hash(key) % GEMM_CACHE_SLOTS;
+    }
+    GemmEntry *entry = &cache->entries[slot];
+    entry->used = true;
+    entry->key = *key;
+    cache->count++;
+    Status status = make_descriptors(backend, key, entry);
+    if (status == STATUS_OK) status = choose_algorithm(backend, key, entry);
+    if (status != STATUS_OK) {
+        entry_free(entry);
+        cache->count--;
+        return status;
+    }
+    *out = entry;
+    return STATUS_OK;
+}
+
+Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
+    if (g->m == 0 || g->n == 0) return STATUS_OK;
+    INVARIANT(!(g->bias && g->bias_grad));
+    GemmKey key = make_key(g);
+    GemmEntry *entry;
+    TRY(find_entry(backend, &key, &entry));
+    const void *bias = g->bias ? g->bias : g->bias_grad;
+    if (bias)
+        BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation,
+                                                         CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                                         sizeof bias));
+    cudaStream_t stream = stream_index == 0 ? backend->stream : backend->side[stream_index - 1];
+    char *workspace = (char *)backend->gemm_workspace + (size_t)stream_index * GEMM_WORKSPACE_BYTES;
+    BLAS_TRY(backend, cublasLtMatmul(backend->lt, entry->operation, &g->alpha, g->b, entry->a,
+                                     g->a, entry->b, &g->beta, g->c, entry->c, g->c, entry->c,
+                                     &entry->algorithm, workspace, GEMM_WORKSPACE_BYTES, stream));
+    return STATUS_OK;
+}
