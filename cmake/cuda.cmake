@@ -1,0 +1,71 @@
+# The GPU backend: finds CUDA, cuBLASLt and cuDNN, builds cuda/*.cu, and says what it found.
+#
+# The kernels are compiled on any machine with nvcc, GPU or not. Without nvcc, or with
+# D2M_CUDA=OFF, the programs have no GPU backend and say so when asked for one.
+if(D2M_FUZZ OR D2M_SANITIZE OR D2M_CUDA STREQUAL "OFF")
+  set(D2M_CUDA_FOUND OFF)
+else()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(D2M_CUDA_FOUND ON)
+  elseif(D2M_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "D2M_CUDA=ON, but nvcc was not found: put it on PATH or set CUDACXX")
+  else()
+    set(D2M_CUDA_FOUND OFF)
+  endif()
+endif()
+
+if(D2M_CUDA_FOUND)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80 87 89 90)
+  endif()
+  enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.6)
+    message(FATAL_ERROR "CUDA ${CMAKE_CUDA_COMPILER_VERSION} found, 12.6 or newer is needed")
+  endif()
+  find_package(CUDAToolkit REQUIRED)
+  set(CMAKE_CUDA_STANDARD 17)
+  find_path(CUDNN_INCLUDE_DIR cudnn.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV CUDNN_PATH
+    PATH_SUFFIXES include)
+  find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
+    PATH_SUFFIXES lib lib64)
+
+  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/*.cu)
+  add_library(d2m_cuda STATIC ${sources})
+  target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
+  target_compile_definitions(d2m_cuda PRIVATE _GNU_SOURCE)
+  target_compile_options(d2m_cuda PRIVATE -Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr)
+  target_link_libraries(d2m_cuda PUBLIC d2m_base CUDA::cudart CUDA::cublasLt)
+  target_compile_definitions(d2m_settings INTERFACE D2M_HAVE_CUDA=1)
+  if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY)
+    target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_CUDNN=1)
+    target_include_directories(d2m_cuda PRIVATE ${CUDNN_INCLUDE_DIR})
+    target_link_libraries(d2m_cuda PUBLIC ${CUDNN_LIBRARY})
+    set(cudnn_found ${CUDNN_LIBRARY})
+  else()
+    set(cudnn_found "not found: attention uses the own kernel")
+  endif()
+  list(APPEND backends d2m_cuda)
+  message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, "
+    "cuDNN ${cudnn_found}")
+
+  # GPU tests: tests/gpu/test_gpu_<family>.c, label `gpu`; without a device they exit 77 = skipped.
+  if(D2M_TESTS)
+    enable_testing()
+    file(GLOB gpu_tests CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/gpu/*.c
+      ${CMAKE_SOURCE_DIR}/tests/gpu/*.cu)
+    foreach(source ${gpu_tests})
+      get_filename_component(name ${source} NAME_WE)
+      add_executable(${name} ${source})
+      target_link_libraries(${name} PRIVATE d2m_cuda d2m_cpu d2m_settings)
+      if(name MATCHES "^test_")
+        add_test(NAME ${name} COMMAND ${name})
+        set_tests_properties(${name} PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77
+          RESOURCE_LOCK gpu)
+      endif()
+    endforeach()
+  endif()
+else()
+  message(STATUS "CUDA: not used, the programs run on the CPU only")
+endif()
