@@ -20,22 +20,30 @@ if(D2M_CUDA_FOUND)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 80 87 89 90)
   endif()
-  enable_language(CUDA)
+  enable_language(CUDA CXX) # C++: cuDNN's frontend
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.6)
     message(FATAL_ERROR "CUDA ${CMAKE_CUDA_COMPILER_VERSION} found, 12.6 or newer is needed")
   endif()
   find_package(CUDAToolkit REQUIRED)
   set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CXX_STANDARD 17)
   find_path(CUDNN_INCLUDE_DIR cudnn.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV CUDNN_PATH
     PATH_SUFFIXES include)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
 
-  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/*.cu)
+  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/*.cu
+    ${CMAKE_SOURCE_DIR}/cuda/*.cpp)
   add_library(d2m_cuda STATIC ${sources})
   target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   target_compile_definitions(d2m_cuda PRIVATE _GNU_SOURCE)
-  target_compile_options(d2m_cuda PRIVATE -Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr)
+  target_compile_options(d2m_cuda PRIVATE
+    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr>"
+    "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>")
+  if(D2M_WERROR)
+    target_compile_options(d2m_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Werror>"
+      "$<$<COMPILE_LANGUAGE:CXX>:-Werror>")
+  endif()
   target_link_libraries(d2m_cuda PUBLIC d2m_base CUDA::cudart CUDA::cublasLt)
   target_compile_definitions(d2m_settings INTERFACE D2M_HAVE_CUDA=1)
   if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY)
