@@ -36,6 +36,28 @@ template <typename T> static __device__ __forceinline__ void store_vec(T *p, con
     *reinterpret_cast<int4 *>(p) = *reinterpret_cast<const int4 *>(&r);
 }
 
+// W elements of T: Vec<T>::SIZE of them in one 16-byte access, or one by one where vec_ok() is
+// false.
+template <typename T, int W> struct alignas(W == 1 ? sizeof(T) : 16) Piece {
+    static_assert(W == 1 || W == Vec<T>::SIZE, "a scalar or 16 bytes");
+    T v[W];
+};
+template <typename T, int W> static __device__ __forceinline__ Piece<T, W> load_piece(const T *p) {
+    Piece<T, W> r;
+    if constexpr (W == 1)
+        r.v[0] = *p;
+    else
+        *reinterpret_cast<int4 *>(&r) = *reinterpret_cast<const int4 *>(p);
+    return r;
+}
+template <typename T, int W>
+static __device__ __forceinline__ void store_piece(T *p, const Piece<T, W> &r) {
+    if constexpr (W == 1)
+        *p = r.v[0];
+    else
+        *reinterpret_cast<int4 *>(p) = *reinterpret_cast<const int4 *>(&r);
+}
+
 // True when rows of `width` elements at `p` can be accessed as vectors.
 template <typename T> static inline bool vec_ok(const void *p, int64_t width) {
     return ((uintptr_t)p & 15) == 0 && width % Vec<T>::SIZE == 0;
