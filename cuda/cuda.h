@@ -90,6 +90,9 @@ typedef struct Gemm {
     void *bias_grad;  // (n) += column sums of op(B), or NULL (wgrad epilogue where supported)
     int64_t lda, ldb, ldc; // 0 = packed
     float alpha, beta;
+    // The row count (m; k with transpose_a) is new in every step, as an expert's is: the algorithm
+    // is that of the next multiple of 256, so that no step waits for the heuristic.
+    bool rows_vary;
 } Gemm;
 enum { GEMM_WORKSPACE_BYTES = 32 << 20 };
 Status gemm_run(CudaBackend *backend, const Gemm *gemm, int stream_index) NODISCARD;

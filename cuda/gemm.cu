@@ -2,14 +2,16 @@
 //
 // cuBLASLt is column-major; a row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ, so operands swap
 // places and nothing is ever transposed in memory. The first call of a shape asks the heuristic;
-// later calls find the entry in a small open-addressing table. Algorithms that reduce with atomics
+// later calls find the entry in a small open-addressing table. An expert's product has a new row
+// count in every step: it takes the algorithm chosen for the count rounded up and only the
+// layouts, which are cheap, are its own. Algorithms that reduce with atomics
 // are never asked for: the heuristic's reduction schemes are limited to those of a fixed order.
 #include <stdlib.h>
 #include <string.h>
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
 
-enum { GEMM_CACHE_SLOTS = 1024 };
+enum { GEMM_CACHE_SLOTS = 1024, GEMM_ROWS_STEP = 256, GEMM_ROWS_ALIGNMENT = 16 };
 
 // Everything that decides descriptors and algorithm; compared as bytes, so filled after memset.
 typedef struct GemmKey {
@@ -90,21 +92,42 @@ static GemmKey make_key(const Gemm *g) {
     key.has_bias_grad = g->bias_grad != NULL;
     key.beta_zero = g->beta == 0.0f;
     key.alignment = pointer_alignment(g);
+    if (g->rows_vary) {
+        int64_t *rows = g->transpose_a ? &key.k : &key.m;
+        *rows = div_up(*rows, GEMM_ROWS_STEP) * GEMM_ROWS_STEP;
+        if (key.alignment > GEMM_ROWS_ALIGNMENT) key.alignment = GEMM_ROWS_ALIGNMENT;
+    }
     return key;
+}
+
+// Column-major views: our B is (n, k) or its transpose, our A is (k, m) or its transpose.
+typedef struct GemmViews {
+    uint64_t rows_a, columns_a, rows_b, columns_b, rows_c, columns_c;
+} GemmViews;
+
+static GemmViews make_views(const GemmKey *key, int64_t m, int64_t n, int64_t k) {
+    GemmViews v;
+    v.rows_a = (uint64_t)(key->transpose_b ? k : n);
+    v.columns_a = (uint64_t)(key->transpose_b ? n : k);
+    v.rows_b = (uint64_t)(key->transpose_a ? m : k);
+    v.columns_b = (uint64_t)(key->transpose_a ? k : m);
+    v.rows_c = (uint64_t)n;
+    v.columns_c = (uint64_t)m;
+    return v;
 }
 
 static Status set_epilogue(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     if (key->has_bias) epilogue = CUBLASLT_EPILOGUE_BIAS;
     if (key->has_bias_grad) epilogue = CUBLASLT_EPILOGUE_BGRADA; // our B is cuBLAS's A
-    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
-                          entry->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
-                          sizeof epilogue));
+    BLAS_TRY(backend,
+             cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
+                                            &epilogue, sizeof epilogue));
     if (key->has_bias) {
         cudaDataType_t type = cuda_type(key->dtype_ab);
         BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation,
-                                                         CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
-                                                         &type, sizeof type));
+                                                         CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type,
+                                                         sizeof type));
     }
     return STATUS_OK;
 }
@@ -113,21 +136,15 @@ static Status make_descriptors(CudaBackend *backend, const GemmKey *key, GemmEnt
     cudaDataType_t ab = cuda_type(key->dtype_ab), c = cuda_type(key->dtype_c);
     cublasOperation_t op_a = key->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t op_b = key->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    BLAS_TRY(backend,
-             cublasLtMatmulDescCreate(&entry->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
-                          entry->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
-    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
-                          entry->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
-    // Column-major views: our B is (n, k) or its transpose, our A is (k, m) or its transpose.
-    uint64_t rows_a = (uint64_t)(key->transpose_b ? key->k : key->n);
-    uint64_t cols_a = (uint64_t)(key->transpose_b ? key->n : key->k);
-    uint64_t rows_b = (uint64_t)(key->transpose_a ? key->m : key->k);
-    uint64_t cols_b = (uint64_t)(key->transpose_a ? key->k : key->m);
-    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->a, ab, rows_a, cols_a, key->ldb));
-    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->b, ab, rows_b, cols_b, key->lda));
-    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->c, c, (uint64_t)key->n,
-                                                 (uint64_t)key->m, key->ldc));
+    BLAS_TRY(backend, cublasLtMatmulDescCreate(&entry->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                     &op_a, sizeof op_a));
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_TRANSB,
+                                                     &op_b, sizeof op_b));
+    GemmViews v = make_views(key, key->m, key->n, key->k);
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->a, ab, v.rows_a, v.columns_a, key->ldb));
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->b, ab, v.rows_b, v.columns_b, key->lda));
+    BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->c, c, v.rows_c, v.columns_c, key->ldc));
     return set_epilogue(backend, key, entry);
 }
 
@@ -135,17 +152,18 @@ static Status set_preferences(CudaBackend *backend, const GemmKey *key,
                               cublasLtMatmulPreference_t preference) {
     size_t workspace = GEMM_WORKSPACE_BYTES;
     uint32_t alignment = (uint32_t)key->alignment;
-    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    uint32_t schemes =
+        CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
     const cublasLtMatmulPreferenceAttributes_t alignments[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(
-                          preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                          sizeof workspace));
+    BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(preference,
+                                                           CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                           &workspace, sizeof workspace));
     // The in-place scheme adds partial sums with atomics, in no fixed order.
-    BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(
-                          preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                          sizeof schemes));
+    BLAS_TRY(backend,
+             cublasLtMatmulPreferenceSetAttribute(
+                 preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes));
     for (cublasLtMatmulPreferenceAttributes_t attribute : alignments)
         BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment,
                                                                sizeof alignment));
@@ -159,11 +177,11 @@ static Status choose_algorithm(CudaBackend *backend, const GemmKey *key, GemmEnt
     cublasLtMatmulHeuristicResult_t result;
     int found = 0;
     if (status == STATUS_OK)
-        status = cuda_check_blas(backend,
-                                 cublasLtMatmulAlgoGetHeuristic(
-                                     backend->lt, entry->operation, entry->a, entry->b, entry->c,
-                                     entry->c, preference, 1, &result, &found),
-                                 __FILE__, __LINE__, "cublasLtMatmulAlgoGetHeuristic");
+        status = cuda_check_blas(
+            backend,
+            cublasLtMatmulAlgoGetHeuristic(backend->lt, entry->operation, entry->a, entry->b,
+                                           entry->c, entry->c, preference, 1, &result, &found),
+            __FILE__, __LINE__, "cublasLtMatmulAlgoGetHeuristic");
     cublasLtMatmulPreferenceDestroy(preference);
     TRY(status);
     if (found == 0)
@@ -203,6 +221,27 @@ static Status find_entry(CudaBackend *backend, const GemmKey *key, GemmEntry **o
     return STATUS_OK;
 }
 
+// The product itself, with the entry's algorithm and layouts of the call's own row count.
+static cublasStatus_t multiply(CudaBackend *backend, const Gemm *g, const GemmEntry *entry,
+                               int stream_index) {
+    const GemmKey *key = &entry->key;
+    cublasLtMatrixLayout_t a = entry->a, b = entry->b, c = entry->c;
+    cublasLtMatrixLayoutOpaque_t own[3];
+    if (g->m != key->m || g->k != key->k) {
+        cudaDataType_t type = cuda_type(key->dtype_ab), type_c = cuda_type(key->dtype_c);
+        GemmViews v = make_views(key, g->m, g->n, g->k);
+        a = &own[0], b = &own[1], c = &own[2];
+        cublasLtMatrixLayoutInit(a, type, v.rows_a, v.columns_a, key->ldb);
+        cublasLtMatrixLayoutInit(b, type, v.rows_b, v.columns_b, key->lda);
+        cublasLtMatrixLayoutInit(c, type_c, v.rows_c, v.columns_c, key->ldc);
+    }
+    cudaStream_t stream = stream_index == 0 ? backend->stream : backend->side[stream_index - 1];
+    char *workspace = (char *)backend->gemm_workspace + (size_t)stream_index * GEMM_WORKSPACE_BYTES;
+    return cublasLtMatmul(backend->lt, entry->operation, &g->alpha, g->b, a, g->a, b, &g->beta,
+                          g->c, c, g->c, c, &entry->algorithm, workspace, GEMM_WORKSPACE_BYTES,
+                          stream);
+}
+
 Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
     if (g->m == 0 || g->n == 0) return STATUS_OK;
     INVARIANT(!(g->bias && g->bias_grad));
@@ -211,13 +250,16 @@ Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
     TRY(find_entry(backend, &key, &entry));
     const void *bias = g->bias ? g->bias : g->bias_grad;
     if (bias)
-        BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation,
-                                                         CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
-                                                         sizeof bias));
-    cudaStream_t stream = stream_index == 0 ? backend->stream : backend->side[stream_index - 1];
-    char *workspace = (char *)backend->gemm_workspace + (size_t)stream_index * GEMM_WORKSPACE_BYTES;
-    BLAS_TRY(backend, cublasLtMatmul(backend->lt, entry->operation, &g->alpha, g->b, entry->a,
-                                     g->a, entry->b, &g->beta, g->c, entry->c, g->c, entry->c,
-                                     &entry->algorithm, workspace, GEMM_WORKSPACE_BYTES, stream));
+        BLAS_TRY(backend,
+                 cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                &bias, sizeof bias));
+    cublasStatus_t error = multiply(backend, g, entry, stream_index);
+    if (g->rows_vary &&
+        (error == CUBLAS_STATUS_NOT_SUPPORTED || error == CUBLAS_STATUS_INVALID_VALUE)) {
+        Gemm exact = *g; // the algorithm of the rounded count does not do this one
+        exact.rows_vary = false;
+        return gemm_run(backend, &exact, stream_index);
+    }
+    BLAS_TRY(backend, error);
     return STATUS_OK;
 }
