@@ -31,6 +31,10 @@ if(D2M_CUDA_FOUND)
     PATH_SUFFIXES include)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
+  set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h, where it is not found by itself")
+  file(GLOB venv_include ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/include)
+  find_path(CUDNN_FRONTEND_INCLUDE_DIR cudnn_frontend.h HINTS ${D2M_CUDNN_FRONTEND} ${venv_include}
+    PATH_SUFFIXES include)
 
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/*.cu
     ${CMAKE_SOURCE_DIR}/cuda/*.cpp)
@@ -46,13 +50,17 @@ if(D2M_CUDA_FOUND)
   endif()
   target_link_libraries(d2m_cuda PUBLIC d2m_base CUDA::cudart CUDA::cublasLt)
   target_compile_definitions(d2m_settings INTERFACE D2M_HAVE_CUDA=1)
-  if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY)
+  if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY AND CUDNN_FRONTEND_INCLUDE_DIR)
     target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_CUDNN=1)
-    target_include_directories(d2m_cuda PRIVATE ${CUDNN_INCLUDE_DIR})
-    target_link_libraries(d2m_cuda PUBLIC ${CUDNN_LIBRARY})
-    set(cudnn_found ${CUDNN_LIBRARY})
+    target_include_directories(d2m_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE_DIR}
+      ${CUDNN_FRONTEND_INCLUDE_DIR})
+    target_link_libraries(d2m_cuda PUBLIC ${CUDNN_LIBRARY} CUDA::nvrtc) # nvrtc: the frontend
+    set(cudnn_found "${CUDNN_LIBRARY}, frontend ${CUDNN_FRONTEND_INCLUDE_DIR}")
+  elseif(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY)
+    set(cudnn_found "without its frontend's headers (pip install --no-deps nvidia-cudnn-frontend, \
+then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels")
   else()
-    set(cudnn_found "not found: attention uses the own kernel")
+    set(cudnn_found "not found: attention uses the own kernels")
   endif()
   list(APPEND backends d2m_cuda)
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, "

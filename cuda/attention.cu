@@ -12,22 +12,20 @@ extern "C" {
 
 typedef enum AttentionKind { ATTENTION_CUDNN, ATTENTION_FLASH, ATTENTION_PLAIN } AttentionKind;
 
-static AttentionKind choose(const CudaBackend *backend, const AttentionArgs *args) {
-    if (!args->document_start && attention_cudnn_takes(backend, args)) return ATTENTION_CUDNN;
+static AttentionKind choose(const CudaBackend *backend, const AttentionArgs *args, bool backward) {
+    if (!args->document_start && attention_cudnn_takes(backend, args, backward))
+        return ATTENTION_CUDNN;
     return attention_flash_takes(backend, args) ? ATTENTION_FLASH : ATTENTION_PLAIN;
 }
 
-static void announce(AttentionKind kind, const AttentionArgs *args) {
-    static bool announced[3]; // one compute thread per process calls ops
-    if (announced[kind]) return;
-    announced[kind] = true;
-    if (kind == ATTENTION_CUDNN)
-        log_info("attention (head_dim %d): %s", args->head_dim, attention_cudnn_about());
-    else
-        log_info("attention (head_dim %d%s): own kernel, %s; cuDNN: %s", args->head_dim,
-                 args->document_start ? ", documents" : "",
-                 kind == ATTENTION_FLASH ? "tensor cores" : "fp32 arithmetic",
-                 attention_cudnn_about());
+static void announce(AttentionKind kind, const AttentionArgs *args, bool backward) {
+    static bool announced[3][2]; // one thread per process calls ops
+    if (announced[kind][backward]) return;
+    announced[kind][backward] = true;
+    const char *const what[] = {attention_cudnn_about(), "own kernel on tensor cores",
+                                "own kernel in fp32 arithmetic"};
+    log_info("attention %s: %s (head_dim %d%s; %s)", backward ? "backward" : "forward", what[kind],
+             args->head_dim, args->document_start ? ", documents" : "", attention_cudnn_about());
 }
 
 // --- delta = Σ dout·out per row -----------------------------------------------------------------
@@ -85,8 +83,7 @@ static size_t delta_bytes(const AttentionArgs *args) {
 
 // Covers both a call with documents and one without.
 size_t cuda_attention_workspace(const CudaBackend *backend, const AttentionArgs *args) {
-    size_t own = scratch_bytes(delta_bytes(args)), cudnn = 0;
-    if (attention_cudnn_takes(backend, args)) cudnn = attention_cudnn_workspace(backend, args);
+    size_t own = scratch_bytes(delta_bytes(args)), cudnn = attention_cudnn_workspace(backend, args);
     return own > cudnn ? own : cudnn;
 }
 
@@ -94,8 +91,8 @@ Status cuda_attention_forward(Backend *base, const AttentionArgs *args) {
     CudaBackend *backend = cuda_of(base);
     backend->current_op = "attention_forward";
     if (args->batch * args->sequence_length == 0) return STATUS_OK;
-    AttentionKind kind = choose(backend, args);
-    announce(kind, args);
+    AttentionKind kind = choose(backend, args, false);
+    announce(kind, args, false);
     if (kind == ATTENTION_CUDNN) return attention_cudnn_forward(backend, args);
     return kind == ATTENTION_FLASH ? attention_flash_forward(backend, args)
                                    : attention_plain_forward(backend, args);
@@ -105,7 +102,8 @@ Status cuda_attention_backward(Backend *base, const AttentionArgs *args) {
     CudaBackend *backend = cuda_of(base);
     backend->current_op = "attention_backward";
     if (args->batch * args->sequence_length == 0) return STATUS_OK;
-    AttentionKind kind = choose(backend, args);
+    AttentionKind kind = choose(backend, args, true);
+    announce(kind, args, true);
     if (kind == ATTENTION_CUDNN) return attention_cudnn_backward(backend, args);
     Scratch scratch = scratch_open(backend);
     float *delta;

@@ -26,13 +26,14 @@ Status attention_plain_forward(CudaBackend *backend, const AttentionArgs *args) 
 Status attention_plain_backward(CudaBackend *backend, const AttentionArgs *args,
                                 const float *delta) NODISCARD;
 
-// False also where cuDNN has no plan for the shape; the first time a shape is asked for, its plans
-// are built. Pointers of args other than document_start are ignored.
-bool attention_cudnn_takes(const CudaBackend *backend, const AttentionArgs *args);
+// False also where cuDNN has no plan for the shape or the workspace set is too small for it. Plans
+// are built the first time a shape is asked for. Pointers of args are ignored.
+bool attention_cudnn_takes(const CudaBackend *backend, const AttentionArgs *args, bool backward);
+// What attention_cudnn_takes wants, both directions; 0 where cuDNN has no plan.
 size_t attention_cudnn_workspace(const CudaBackend *backend, const AttentionArgs *args);
 Status attention_cudnn_forward(CudaBackend *backend, const AttentionArgs *args) NODISCARD;
 Status attention_cudnn_backward(CudaBackend *backend, const AttentionArgs *args) NODISCARD;
-// "cuDNN 9.19.0", or why it is not used.
+// "cuDNN 9.19.0", or that the build has none.
 const char *attention_cudnn_about(void);
 
 #ifdef __cplusplus
