@@ -42,7 +42,8 @@ if(D2M_CUDA_FOUND)
   target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   target_compile_definitions(d2m_cuda PRIVATE _GNU_SOURCE)
   target_compile_options(d2m_cuda PRIVATE
-    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>"
     "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>")
   if(D2M_WERROR)
     target_compile_options(d2m_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Werror>"

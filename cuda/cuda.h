@@ -39,8 +39,8 @@ typedef struct CudaBackend {
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;
-    int32_t *host_counts;  // pinned: rows per expert of the op in flight
-    int32_t *device_error; // first bad token id: {position + 1, id}; read by synchronize
+    int32_t *host_counts;   // pinned: rows per expert of the op in flight
+    int32_t *device_error;  // first bad token id: {position + 1, id}; read by synchronize
     const char *current_op; // named when a CUDA call fails
 } CudaBackend;
 
@@ -86,8 +86,7 @@ typedef struct Gemm {
     DType dtype_ab, dtype_c;
     const void *a, *b;
     void *c;
-    const void *bias; // (n) of dtype_ab, or NULL
-    void *bias_grad;  // (n) += column sums of op(B), or NULL (wgrad epilogue where supported)
+    const void *bias;      // (n) of dtype_ab, or NULL; only with dtype_c = dtype_ab
     int64_t lda, ldb, ldc; // 0 = packed
     float alpha, beta;
     // The row count (m; k with transpose_a) is new in every step, as an expert's is: the algorithm
@@ -96,6 +95,12 @@ typedef struct Gemm {
 } Gemm;
 enum { GEMM_WORKSPACE_BYTES = 32 << 20 };
 Status gemm_run(CudaBackend *backend, const Gemm *gemm, int stream_index) NODISCARD;
+// C = A · B with everything in compute_dtype, to be changed where it differs and run.
+Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const void *a,
+             const void *b, void *c);
+// grad (m, n) += doutᵀ · x for dout (T, m) and x (T, n), grad of grad_dtype, on the compute stream.
+Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
+                            const void *dout, const void *x, void *grad) NODISCARD;
 Status gemm_cache_create(CudaBackend *backend) NODISCARD;
 void gemm_cache_destroy(CudaBackend *backend);
 

@@ -4,8 +4,10 @@
 // places and nothing is ever transposed in memory. The first call of a shape asks the heuristic;
 // later calls find the entry in a small open-addressing table. An expert's product has a new row
 // count in every step: it takes the algorithm chosen for the count rounded up and only the
-// layouts, which are cheap, are its own. Algorithms that reduce with atomics
-// are never asked for: the heuristic's reduction schemes are limited to those of a fixed order.
+// layouts, which are cheap, are its own.
+//
+// Nothing is timed: the choice depends on the shape alone. Split sums are only ever combined in
+// fp32 and in a fixed order. So a product gives the same bits in every run.
 #include <stdlib.h>
 #include <string.h>
 #include "cuda/common.cuh"
@@ -16,7 +18,7 @@ enum { GEMM_CACHE_SLOTS = 1024, GEMM_ROWS_STEP = 256, GEMM_ROWS_ALIGNMENT = 16 }
 // Everything that decides descriptors and algorithm; compared as bytes, so filled after memset.
 typedef struct GemmKey {
     int64_t m, n, k, lda, ldb, ldc;
-    int32_t transpose_a, transpose_b, dtype_ab, dtype_c, has_bias, has_bias_grad, beta_zero;
+    int32_t transpose_a, transpose_b, dtype_ab, dtype_c, has_bias, beta_zero;
     int32_t alignment; // of the least aligned pointer, up to 256
 } GemmKey;
 
@@ -69,7 +71,7 @@ static uint64_t key_hash(const GemmKey *key) {
 }
 
 static int pointer_alignment(const Gemm *g) {
-    uintptr_t bits = (uintptr_t)g->a | (uintptr_t)g->b | (uintptr_t)g->c;
+    uintptr_t bits = (uintptr_t)g->a | (uintptr_t)g->b | (uintptr_t)g->c | (uintptr_t)g->bias;
     int alignment = 256;
     while (alignment > 1 && bits % (uintptr_t)alignment) alignment /= 2;
     return alignment;
@@ -89,7 +91,6 @@ static GemmKey make_key(const Gemm *g) {
     key.dtype_ab = g->dtype_ab;
     key.dtype_c = g->dtype_c;
     key.has_bias = g->bias != NULL;
-    key.has_bias_grad = g->bias_grad != NULL;
     key.beta_zero = g->beta == 0.0f;
     key.alignment = pointer_alignment(g);
     if (g->rows_vary) {
@@ -116,20 +117,24 @@ static GemmViews make_views(const GemmKey *key, int64_t m, int64_t n, int64_t k)
     return v;
 }
 
-static Status set_epilogue(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
-    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
-    if (key->has_bias) epilogue = CUBLASLT_EPILOGUE_BIAS;
-    if (key->has_bias_grad) epilogue = CUBLASLT_EPILOGUE_BGRADA; // our B is cuBLAS's A
+static Status set_bias(CudaBackend *backend, const GemmEntry *entry, const void *bias) {
+    BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(
+                          entry->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    return STATUS_OK;
+}
+
+// cuBLAS adds the bias over the rows of its column-major result, which are our columns.
+static Status set_epilogue(CudaBackend *backend, const Gemm *g, const GemmEntry *entry) {
+    if (!g->bias) return STATUS_OK;
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cudaDataType_t type = cuda_type(g->dtype_ab);
     BLAS_TRY(backend,
              cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
                                             &epilogue, sizeof epilogue));
-    if (key->has_bias) {
-        cudaDataType_t type = cuda_type(key->dtype_ab);
-        BLAS_TRY(backend, cublasLtMatmulDescSetAttribute(entry->operation,
-                                                         CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type,
-                                                         sizeof type));
-    }
-    return STATUS_OK;
+    BLAS_TRY(backend,
+             cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
+                                            &type, sizeof type));
+    return set_bias(backend, entry, g->bias); // the heuristic looks at the pointer, too
 }
 
 static Status make_descriptors(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
@@ -145,22 +150,22 @@ static Status make_descriptors(CudaBackend *backend, const GemmKey *key, GemmEnt
     BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->a, ab, v.rows_a, v.columns_a, key->ldb));
     BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->b, ab, v.rows_b, v.columns_b, key->lda));
     BLAS_TRY(backend, cublasLtMatrixLayoutCreate(&entry->c, c, v.rows_c, v.columns_c, key->ldc));
-    return set_epilogue(backend, key, entry);
+    return STATUS_OK;
 }
 
 static Status set_preferences(CudaBackend *backend, const GemmKey *key,
                               cublasLtMatmulPreference_t preference) {
     size_t workspace = GEMM_WORKSPACE_BYTES;
     uint32_t alignment = (uint32_t)key->alignment;
-    uint32_t schemes =
-        CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     const cublasLtMatmulPreferenceAttributes_t alignments[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     BLAS_TRY(backend, cublasLtMatmulPreferenceSetAttribute(preference,
                                                            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                            &workspace, sizeof workspace));
-    // The in-place scheme adds partial sums with atomics, in no fixed order.
+    // Of the schemes for split sums, the in-place one adds in no fixed order and the one of the
+    // output's type rounds the parts to bf16.
     BLAS_TRY(backend,
              cublasLtMatmulPreferenceSetAttribute(
                  preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes));
@@ -192,7 +197,14 @@ static Status choose_algorithm(CudaBackend *backend, const GemmKey *key, GemmEnt
     return STATUS_OK;
 }
 
-static Status find_entry(CudaBackend *backend, const GemmKey *key, GemmEntry **out) {
+static Status fill_entry(CudaBackend *backend, const Gemm *g, GemmEntry *entry) {
+    TRY(make_descriptors(backend, &entry->key, entry));
+    TRY(set_epilogue(backend, g, entry));
+    return choose_algorithm(backend, &entry->key, entry);
+}
+
+static Status find_entry(CudaBackend *backend, const Gemm *g, GemmEntry **out) {
+    const GemmKey made = make_key(g), *key = &made;
     GemmCache *cache = backend->gemms;
     uint64_t slot = key_hash(key) % GEMM_CACHE_SLOTS;
     while (cache->entries[slot].used) {
@@ -210,8 +222,7 @@ static Status find_entry(CudaBackend *backend, const GemmKey *key, GemmEntry **o
     entry->used = true;
     entry->key = *key;
     cache->count++;
-    Status status = make_descriptors(backend, key, entry);
-    if (status == STATUS_OK) status = choose_algorithm(backend, key, entry);
+    Status status = fill_entry(backend, g, entry);
     if (status != STATUS_OK) {
         entry_free(entry);
         cache->count--;
@@ -219,6 +230,10 @@ static Status find_entry(CudaBackend *backend, const GemmKey *key, GemmEntry **o
     }
     *out = entry;
     return STATUS_OK;
+}
+
+static cudaStream_t stream_of(const CudaBackend *backend, int index) {
+    return index == 0 ? backend->stream : backend->side[index - 1];
 }
 
 // The product itself, with the entry's algorithm and layouts of the call's own row count.
@@ -235,24 +250,29 @@ static cublasStatus_t multiply(CudaBackend *backend, const Gemm *g, const GemmEn
         cublasLtMatrixLayoutInit(b, type, v.rows_b, v.columns_b, key->lda);
         cublasLtMatrixLayoutInit(c, type_c, v.rows_c, v.columns_c, key->ldc);
     }
-    cudaStream_t stream = stream_index == 0 ? backend->stream : backend->side[stream_index - 1];
     char *workspace = (char *)backend->gemm_workspace + (size_t)stream_index * GEMM_WORKSPACE_BYTES;
     return cublasLtMatmul(backend->lt, entry->operation, &g->alpha, g->b, a, g->a, b, &g->beta,
                           g->c, c, g->c, c, &entry->algorithm, workspace, GEMM_WORKSPACE_BYTES,
-                          stream);
+                          stream_of(backend, stream_index));
+}
+
+// A sum over nothing, which cuBLASLt does not take: an expert without tokens.
+static Status empty_sum(CudaBackend *backend, const Gemm *g, cudaStream_t stream) {
+    INVARIANT(!g->bias);
+    if (g->beta == 1.0f) return STATUS_OK;
+    INVARIANT(g->beta == 0.0f);
+    const size_t bytes = dtype_bytes(g->dtype_c), width = (size_t)(g->ldc ? g->ldc : g->n);
+    CUDA_TRY(backend,
+             cudaMemset2DAsync(g->c, width * bytes, 0, (size_t)g->n * bytes, (size_t)g->m, stream));
+    return STATUS_OK;
 }
 
 Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
     if (g->m == 0 || g->n == 0) return STATUS_OK;
-    INVARIANT(!(g->bias && g->bias_grad));
-    GemmKey key = make_key(g);
+    if (g->k == 0) return empty_sum(backend, g, stream_of(backend, stream_index));
     GemmEntry *entry;
-    TRY(find_entry(backend, &key, &entry));
-    const void *bias = g->bias ? g->bias : g->bias_grad;
-    if (bias)
-        BLAS_TRY(backend,
-                 cublasLtMatmulDescSetAttribute(entry->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                                                &bias, sizeof bias));
+    TRY(find_entry(backend, g, &entry));
+    if (g->bias) TRY(set_bias(backend, entry, g->bias));
     cublasStatus_t error = multiply(backend, g, entry, stream_index);
     if (g->rows_vary &&
         (error == CUBLAS_STATUS_NOT_SUPPORTED || error == CUBLAS_STATUS_INVALID_VALUE)) {
@@ -262,4 +282,26 @@ Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
     }
     BLAS_TRY(backend, error);
     return STATUS_OK;
+}
+
+Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const void *a,
+             const void *b, void *c) {
+    return Gemm{.m = m,
+                .n = n,
+                .k = k,
+                .dtype_ab = backend->base.compute_dtype,
+                .dtype_c = backend->base.compute_dtype,
+                .a = a,
+                .b = b,
+                .c = c,
+                .alpha = 1.0f};
+}
+
+Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
+                            const void *dout, const void *x, void *grad) {
+    Gemm product = gemm_of(backend, m, n, tokens, dout, x, grad);
+    product.transpose_a = true;
+    product.dtype_c = backend->base.grad_dtype;
+    product.beta = 1.0f;
+    return gemm_run(backend, &product, 0);
 }
