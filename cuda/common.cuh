@@ -90,6 +90,16 @@ template <typename F> static __device__ __forceinline__ F block_sum(F x, F *shar
     return warp_sum(x);
 }
 
+static __device__ __forceinline__ float block_max(float x, float *shared) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    x = warp_max(x);
+    if (warps == 1) return x;
+    __syncthreads();
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    return warp_max(shared[lane < warps ? lane : 0]);
+}
+
 static inline int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
