@@ -229,7 +229,7 @@ template <int D, int WARPS, int MT, int BN>
 static __global__ void __launch_bounds__(WARPS * 32) forward_kernel(const FlashArgs args) {
     constexpr int BM = WARPS * MT * 16, THREADS = WARPS * 32;
     constexpr uint32_t STAGE = 2 * BN * D * 2;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const int q0 = (gridDim.z - 1 - blockIdx.z) * BM;
     const QueryBlock block = query_block<BM, BN>(args, q0);
     const uint32_t q_tile = shared_address(shared), keys = q_tile + BM * D * 2;
@@ -286,7 +286,7 @@ template <int D, int WARPS, int MT, int BN>
 static __global__ void __launch_bounds__(WARPS * 32) backward_query_kernel(const FlashArgs args) {
     constexpr int BM = WARPS * MT * 16, THREADS = WARPS * 32;
     constexpr uint32_t STAGE = 2 * BN * D * 2;
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const int q0 = (gridDim.z - 1 - blockIdx.z) * BM;
     const QueryBlock block = query_block<BM, BN>(args, q0);
     const uint32_t q_tile = shared_address(shared), do_tile = q_tile + BM * D * 2;
@@ -346,7 +346,8 @@ static __global__ void __launch_bounds__(WARPS * 32) backward_query_kernel(const
 // One step of the dk/dv kernel in shared memory: BQ queries of one head.
 template <int D, int BQ> struct QueryStage {
     static constexpr uint32_t DOUT = BQ * D * 2, LSE = 2 * DOUT, DELTA = LSE + BQ * 4;
-    static constexpr uint32_t START = DELTA + BQ * 4, BYTES = START + BQ * 4;
+    static constexpr uint32_t START = DELTA + BQ * 4;
+    static constexpr uint32_t BYTES = (START + BQ * 4 + 1023) / 1024 * 1024; // tiles follow
 };
 
 template <int D, int BQ, int THREADS>
@@ -386,35 +387,36 @@ static __device__ __forceinline__ int query_end(const int32_t *starts, int last,
 
 // p = exp(s - lse), 0 where masked; rows are keys, columns queries. `masked` says whether any
 // element of the tile can be.
-template <int NT>
-static __device__ __forceinline__ void probabilities(float (&s)[1][NT][4], const FlashArgs &args,
+template <int MT, int NT>
+static __device__ __forceinline__ void probabilities(float (&s)[MT][NT][4], const FlashArgs &args,
                                                      const char *lse, const char *starts,
                                                      bool masked, int key, int q0) {
     const int column = (threadIdx.x & 3) * 2;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const float2 l = *(const float2 *)(lse + 4 * (8 * n + column));
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            s[0][n][e] = exp2_fast(s[0][n][e] * args.scale_log2 - (e % 2 ? l.y : l.x) * LOG2_E);
-        if (!masked) continue;
         int2 start = make_int2(0, 0);
-        if (args.document_start) start = *(const int2 *)(starts + 4 * (8 * n + column));
+        if (masked && args.document_start) start = *(const int2 *)(starts + 4 * (8 * n + column));
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int query = q0 + 8 * n + column + e % 2, k = key + e / 2 * 8;
-            if (query < k || query >= args.length || k < (e % 2 ? start.y : start.x))
-                s[0][n][e] = 0.0f;
-        }
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float *p = &s[i][n][e];
+                *p = exp2_fast(*p * args.scale_log2 - (e % 2 ? l.y : l.x) * LOG2_E);
+                int query = q0 + 8 * n + column + e % 2, k = key + 16 * i + e / 2 * 8;
+                if (masked &&
+                    (query < k || query >= args.length || k < (e % 2 ? start.y : start.x)))
+                    *p = 0.0f;
+            }
     }
 }
 
-// Grid (kv_heads, B, key tiles), the longest tiles first. dk and dv of 16 WARPS keys.
-template <int D, int WARPS, int BQ>
+// Grid (kv_heads, B, key tiles), the longest tiles first. dk and dv of BN keys.
+template <int D, int WARPS, int MT, int BQ>
 static __global__ void __launch_bounds__(WARPS * 32) backward_key_kernel(const FlashArgs args) {
     typedef QueryStage<D, BQ> Stage;
-    constexpr int BN = WARPS * 16, THREADS = WARPS * 32;
-    extern __shared__ __align__(128) char shared[];
+    constexpr int BN = WARPS * MT * 16, THREADS = WARPS * 32;
+    extern __shared__ __align__(1024) char shared[];
     const int kv_head = blockIdx.x, group = args.heads / args.kv_heads, k0 = blockIdx.z * BN;
     const int64_t batch = blockIdx.y;
     const int64_t k_at = (batch * args.length + k0) * args.stride + kv_head * args.head_dim;
@@ -428,8 +430,9 @@ static __global__ void __launch_bounds__(WARPS * 32) backward_key_kernel(const F
     const int tiles = (q_end - q_begin + BQ - 1) / BQ, steps = tiles * group;
     load_queries<D, BQ, THREADS>(args, v_tile + BN * D * 2, batch, kv_head * group, q_begin);
 
-    const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * 16, key = k0 + row + lane / 4;
-    float dk[1][D / 8][4], dv[1][D / 8][4];
+    const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * MT * 16;
+    const int key = k0 + row + lane / 4;
+    float dk[MT][D / 8][4], dv[MT][D / 8][4];
     clear(dk);
     clear(dv);
     for (int step = 0; step < steps; step++) {
@@ -444,10 +447,10 @@ static __global__ void __launch_bounds__(WARPS * 32) backward_key_kernel(const F
                                          batch, kv_head * group + next / tiles,
                                          q_begin + next % tiles * BQ);
         if (q0 + BQ - 1 < k0 + row) continue; // wholly before the warp's keys
-        float s[1][BQ / 8][4], dp[1][BQ / 8][4];
+        float s[MT][BQ / 8][4], dp[MT][BQ / 8][4];
         multiply_nt<D>(s, k_tile, row, q_tile);
         const int last = min(BQ, args.length - q0) - 1;
-        const bool masked = q0 < k0 + row + 15 || q0 + BQ > args.length ||
+        const bool masked = q0 < k0 + row + 16 * MT - 1 || q0 + BQ > args.length ||
                             (starts && ((const int *)(stage + Stage::START))[last] > k0 + row);
         probabilities(s, args, stage + Stage::LSE, stage + Stage::START, masked, key, q0);
         multiply_nn<D>(dv, s, do_tile);
@@ -457,11 +460,15 @@ static __global__ void __launch_bounds__(WARPS * 32) backward_key_kernel(const F
             const float2 delta =
                 *(const float2 *)(stage + Stage::DELTA + 4 * (8 * n + lane % 4 * 2));
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[0][n][e] *= dp[0][n][e] - (e % 2 ? delta.y : delta.x);
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[i][n][e] *= dp[i][n][e] - (e % 2 ? delta.y : delta.x);
         }
         multiply_nn<D>(dk, s, q_tile);
     }
-    const float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{args.scale, args.scale}};
+    float one[MT][2], scale[MT][2];
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) one[i / 2][i % 2] = 1.0f, scale[i / 2][i % 2] = args.scale;
     store_rows<D>(dk, scale, shared, row, args.dk + k_at, args.stride, args.length - k0,
                   args.head_dim);
     store_rows<D>(dv, one, shared + BN * D * 2, row, args.dv + k_at, args.stride, args.length - k0,
@@ -530,12 +537,13 @@ static Status backward_query(CudaBackend *backend, const AttentionArgs *args,
                   grid_of(args, args->num_heads, BM), WARPS * 32, (2 * BM + 4 * BN) * D * 2, flash);
 }
 
-template <int D, int WARPS, int BQ>
+template <int D, int WARPS, int MT, int BQ>
 static Status backward_key(CudaBackend *backend, const AttentionArgs *args,
                            const FlashArgs *flash) {
-    constexpr int BN = WARPS * 16;
-    return launch(backend, backward_key_kernel<D, WARPS, BQ>, grid_of(args, args->num_kv_heads, BN),
-                  WARPS * 32, 2 * BN * D * 2 + 2 * QueryStage<D, BQ>::BYTES, flash);
+    constexpr int BN = WARPS * MT * 16;
+    return launch(backend, backward_key_kernel<D, WARPS, MT, BQ>,
+                  grid_of(args, args->num_kv_heads, BN), WARPS * 32,
+                  2 * BN * D * 2 + 2 * QueryStage<D, BQ>::BYTES, flash);
 }
 
 Status attention_flash_forward(CudaBackend *backend, const AttentionArgs *args) {
@@ -551,8 +559,8 @@ Status attention_flash_backward(CudaBackend *backend, const AttentionArgs *args,
     TRY(flash_args(args, delta, &flash));
     if (args->head_dim <= 64) {
         TRY((backward_query<64, 4, 2, 32>(backend, args, &flash)));
-        return backward_key<64, 4, 64>(backend, args, &flash);
+        return backward_key<64, 4, 1, 32>(backend, args, &flash);
     }
-    TRY((backward_query<128, 4, 1, 64>(backend, args, &flash)));
-    return backward_key<128, 4, 32>(backend, args, &flash);
+    TRY((backward_query<128, 4, 1, 32>(backend, args, &flash)));
+    return backward_key<128, 4, 1, 16>(backend, args, &flash);
 }

@@ -93,7 +93,7 @@ static __device__ bool visible(const int32_t *starts, int64_t query, int64_t key
 
 // Grid (heads, B, query tiles).
 template <typename T, int D, int ROWS>
-static __global__ void __launch_bounds__(ROWS *LANES) forward_kernel(const PlainArgs<T> args) {
+static __global__ void __launch_bounds__(ROWS *LANES, 1) forward_kernel(const PlainArgs<T> args) {
     extern __shared__ __align__(128) char shared[];
     PlainShared<D, ROWS> &tile = *(PlainShared<D, ROWS> *)shared;
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, head = blockIdx.x;
@@ -147,7 +147,7 @@ static __device__ void gradient(bool seen, float s, float dp, float scale, float
 
 // Grid as forward: dq.
 template <typename T, int D, int ROWS>
-static __global__ void __launch_bounds__(ROWS *LANES)
+static __global__ void __launch_bounds__(ROWS *LANES, 1)
     backward_query_kernel(const PlainArgs<T> args) {
     extern __shared__ __align__(128) char shared[];
     PlainShared<D, ROWS> &tile = *(PlainShared<D, ROWS> *)shared;
@@ -185,7 +185,8 @@ static __global__ void __launch_bounds__(ROWS *LANES)
 
 // Grid (kv_heads, B, key tiles): dk and dv. Rows are keys.
 template <typename T, int D, int ROWS>
-static __global__ void __launch_bounds__(ROWS *LANES) backward_key_kernel(const PlainArgs<T> args) {
+static __global__ void __launch_bounds__(ROWS *LANES, 1)
+    backward_key_kernel(const PlainArgs<T> args) {
     extern __shared__ __align__(128) char shared[];
     PlainShared<D, ROWS> &tile = *(PlainShared<D, ROWS> *)shared;
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, kv_head = blockIdx.x;

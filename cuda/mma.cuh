@@ -1,8 +1,9 @@
 // Tensor-core and asynchronous-copy instructions of sm_80 and newer, one function each, and the
 // shared-memory tile they work on.
 //
-// A tile is ROWS rows of D bf16. Its 16-byte chunks are permuted inside a row by XOR with the row
-// number, so that the eight rows an ldmatrix reads at one column lie in different banks.
+// A tile is ROWS rows of D bf16 and starts on a multiple of 1024 bytes. Its 16-byte chunks are
+// permuted inside a row by XOR with the row number, so that the eight rows an ldmatrix reads at one
+// column lie in different banks.
 //
 // Fragments of mma.m16n8k16, lane = 4 g + t (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 //   A (16 x 16): a[0] (g, 2t..), a[1] (g + 8, 2t..), a[2] (g, 2t + 8..), a[3] (g + 8, 2t + 8..)
@@ -69,27 +70,36 @@ template <int D> static __device__ __forceinline__ uint32_t tile_offset(int row,
     return (uint32_t)((row * (D / 8) + (chunk ^ (row & 7))) * 16);
 }
 
-// The A fragment of rows [row, row + 16), columns [16 k, 16 k + 16).
+// Where the lane's row of 8 elements lies, for k = 0 or n = 0, in the four 8 x 8 matrices of an A
+// fragment (also of a transposed B fragment), and of a B fragment. Further columns are an XOR away
+// because tiles start on 1024 bytes.
+template <int D> static __device__ __forceinline__ uint32_t fragment_lane_a() {
+    int lane = threadIdx.x & 31;
+    return tile_offset<D>(lane & 15, lane >> 4);
+}
+template <int D> static __device__ __forceinline__ uint32_t fragment_lane_b() {
+    int lane = threadIdx.x & 31;
+    return tile_offset<D>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+}
+
+// The A fragment of rows [row, row + 16), columns [16 k, 16 k + 16). row is a multiple of 16, here
+// and below.
 template <int D>
 static __device__ __forceinline__ void fragment_a(uint32_t r[4], uint32_t tile, int row, int k) {
-    int lane = threadIdx.x & 31;
-    load_matrix_x4(r, tile + tile_offset<D>(row + (lane & 15), 2 * k + (lane >> 4)));
+    load_matrix_x4(r, ((tile + row * D * 2 + fragment_lane_a<D>()) ^ (k * 32)));
 }
 // B fragments of a tile stored (n, k): n in [row, row + 8) in r[0], r[1] and [row + 8, row + 16)
 // in r[2], r[3]; k in [16 k, 16 k + 16).
 template <int D>
 static __device__ __forceinline__ void fragment_b(uint32_t r[4], uint32_t tile, int row, int k) {
-    int lane = threadIdx.x & 31;
-    load_matrix_x4(
-        r, tile + tile_offset<D>(row + (lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
+    load_matrix_x4(r, ((tile + fragment_lane_b<D>()) ^ (k * 32)) + row * D * 2);
 }
 // B fragments of a tile stored (k, n): k in [row, row + 16); n in [16 n, 16 n + 8) in r[0], r[1]
 // and [16 n + 8, 16 n + 16) in r[2], r[3].
 template <int D>
 static __device__ __forceinline__ void fragment_b_transposed(uint32_t r[4], uint32_t tile, int row,
                                                              int n) {
-    int lane = threadIdx.x & 31;
-    load_matrix_x4_transposed(r, tile + tile_offset<D>(row + (lane & 15), 2 * n + (lane >> 4)));
+    load_matrix_x4_transposed(r, ((tile + fragment_lane_a<D>()) ^ (n * 32)) + row * D * 2);
 }
 
 // Starts the copy of `rows` rows of `width` elements, `stride` apart, into a tile; the rest of the
