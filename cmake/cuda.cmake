@@ -31,7 +31,7 @@ if(D2M_CUDA_FOUND)
     PATH_SUFFIXES include)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
-  set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h, where it is not found by itself")
+  set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h")
   file(GLOB venv_include ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/include)
   find_path(CUDNN_FRONTEND_INCLUDE_DIR cudnn_frontend.h HINTS ${D2M_CUDNN_FRONTEND} ${venv_include}
     PATH_SUFFIXES include)
