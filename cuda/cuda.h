@@ -20,7 +20,7 @@ extern "C" {
 #include "model/backend.h"
 
 typedef struct GemmCache GemmCache;           // gemm.cu
-typedef struct AttentionCache AttentionCache; // attention_cudnn.cu, or NULL without cuDNN
+typedef struct AttentionCache AttentionCache; // attention_cudnn.cpp, or NULL without cuDNN
 
 enum { CUDA_SIDE_STREAMS = 4 };
 
@@ -104,7 +104,7 @@ Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int
 Status gemm_cache_create(CudaBackend *backend) NODISCARD;
 void gemm_cache_destroy(CudaBackend *backend);
 
-// --- attention_cudnn.cu (empty functions when the build has no cuDNN) ---------------------------
+// --- attention_cudnn.cpp (empty functions when the build has no cuDNN) --------------------------
 Status attention_cache_create(CudaBackend *backend) NODISCARD;
 void attention_cache_destroy(CudaBackend *backend);
 
@@ -126,7 +126,7 @@ size_t cuda_linear_workspace(const CudaBackend *, const LinearArgs *);
 Status cuda_rope_forward(Backend *, const RopeArgs *);
 Status cuda_rope_backward(Backend *, const RopeArgs *);
 size_t cuda_rope_workspace(const CudaBackend *, const RopeArgs *);
-// attention.cu chooses between attention_cudnn.cu and attention_flash.cu
+// attention.cu chooses between attention_cudnn.cpp, attention_flash.cu and attention_plain.cu
 Status cuda_attention_forward(Backend *, const AttentionArgs *);
 Status cuda_attention_backward(Backend *, const AttentionArgs *);
 size_t cuda_attention_workspace(const CudaBackend *, const AttentionArgs *);
