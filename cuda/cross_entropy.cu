@@ -7,7 +7,7 @@
 // 16-byte pieces.
 //
 // The row kernel is bound by memory. One block takes a row, as many bytes of it as fit stay in
-// shared memory between reading and writing, the rest (a third, for 151,936 bf16 logits) is read
+// shared memory between reading and writing, the rest (a quarter of 151,936 bf16 logits) is read
 // again and comes from the L2 cache, since only one row per SM is in flight.
 #include <math.h>
 #include "cuda/common.cuh"
