@@ -22,7 +22,7 @@ extern "C" {
 typedef struct GemmCache GemmCache;           // gemm.cu
 typedef struct AttentionCache AttentionCache; // attention_cudnn.cpp, or NULL without cuDNN
 
-enum { CUDA_SIDE_STREAMS = 4 };
+enum { CUDA_SIDE_STREAMS = 4, CUDA_MAX_EXPERTS = 256 };
 
 typedef struct CudaBackend {
     Backend base;
@@ -39,7 +39,8 @@ typedef struct CudaBackend {
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;
-    int32_t *host_counts;   // pinned: rows per expert of the op in flight
+    int32_t *host_counts;   // pinned: expert_begin of the expert op in flight
+    bool keep_counts;       // benchmarks: host_counts are right already, do not copy them
     int32_t *device_error;  // first bad token id: {position + 1, id}; read by synchronize
     const char *current_op; // named when a CUDA call fails
 } CudaBackend;
@@ -134,10 +135,11 @@ size_t cuda_attention_workspace(const CudaBackend *, const AttentionArgs *);
 Status cuda_ffn_forward(Backend *, const FfnArgs *);
 Status cuda_ffn_backward(Backend *, const FfnArgs *);
 size_t cuda_ffn_workspace(const CudaBackend *, const FfnArgs *);
-// route.cu
+// route.cu, route_backward.cu
 Status cuda_route_forward(Backend *, const RouteArgs *);
 Status cuda_route_backward(Backend *, const RouteArgs *);
 size_t cuda_route_workspace(const CudaBackend *, const RouteArgs *);
+// router_loss.cu
 Status cuda_router_loss(Backend *, const RouterLossArgs *);
 size_t cuda_router_loss_workspace(const CudaBackend *, const RouterLossArgs *);
 // moe_ffn.cu

@@ -1,0 +1,256 @@
+// The expert MLPs, dropless and without padding.
+//
+// The rows (token, choice) of x are gathered by expert, each expert's products run over exactly its
+// rows, and out[t] is the plain sum of t's rows, found through row_of_slot, without atomics. The
+// gate sits inside the activation, A' = g·silu(gate)·up, so that the down product gives the
+// weighted output; backward has Σ dA·silu(gate)·up as the gate's gradient and needs no expert
+// output.
+//
+// The experts run beside each other as cuda/grouped.h arranges it; the counts that the host needs
+// for that arrive while the gather, which does not need them, runs.
+#include "cuda/common.cuh"
+#include "cuda/grouped.h"
+#include "cuda/swiglu.cuh"
+
+enum { ROW_THREADS = 256 }; // one row per warp
+
+typedef struct MoeScratch {
+    void *x;          // (R, H) rows of x by expert; R = T*k
+    void *activation; // (R, I) with the gate inside; backward: first its gradient
+    void *rows;       // (R, H) forward: weighted expert outputs; backward: dx by row
+    void *dout;       // (R, H) rows of dout by expert
+    void *dgate_up;   // (R, 2I)
+} MoeScratch;
+
+// One op in flight: what its steps share.
+typedef struct Moe {
+    CudaBackend *b;
+    const MoeFfnArgs *args;
+    MoeScratch scratch;
+    size_t element;       // bytes of a value
+    const int32_t *begin; // (N+1) on the host
+} Moe;
+
+// --- Rows --------------------------------------------------------------------------------------
+
+template <typename T, int W>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    gather_kernel(int64_t rows, int hidden, int divisor, const int32_t *__restrict__ index,
+                  const T *__restrict__ from, T *__restrict__ to) {
+    const int64_t row = ((int64_t)blockIdx.x * ROW_THREADS + threadIdx.x) / 32;
+    if (row >= rows) return;
+    const T *source = from + (int64_t)(index[row] / divisor) * hidden;
+#pragma unroll 4
+    for (int h = (threadIdx.x & 31) * W; h < hidden; h += 32 * W)
+        store_piece<T, W>(to + row * hidden + h, load_piece<T, W>(source + h));
+}
+
+// out[t] = Σ_j rows[row of (t, j)], in the order of j.
+template <typename T, int W>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    combine_kernel(int64_t tokens, int hidden, int top_k, const int32_t *__restrict__ row_of_slot,
+                   const T *__restrict__ rows, T *__restrict__ out) {
+    const int64_t t = ((int64_t)blockIdx.x * ROW_THREADS + threadIdx.x) / 32;
+    if (t >= tokens) return;
+    const int32_t *row = row_of_slot + t * top_k;
+    for (int h = (threadIdx.x & 31) * W; h < hidden; h += 32 * W) {
+        float sums[W] = {};
+        for (int j = 0; j < top_k; j++) {
+            const Piece<T, W> piece = load_piece<T, W>(rows + (int64_t)row[j] * hidden + h);
+#pragma unroll
+            for (int i = 0; i < W; i++) sums[i] += to_float(piece.v[i]);
+        }
+        Piece<T, W> sum;
+#pragma unroll
+        for (int i = 0; i < W; i++) sum.v[i] = from_float<T>(sums[i]);
+        store_piece<T, W>(out + t * hidden + h, sum);
+    }
+}
+
+// to[i] = from[index[i] / divisor] for rows i of H values.
+static Status gather(const Moe *m, int64_t rows, const int32_t *index, int divisor,
+                     const void *from, void *to) {
+    const int hidden = m->args->hidden_size;
+    DISPATCH_DTYPE(m->b->base.compute_dtype, T, {
+        const bool wide = vec_ok<T>((const void *)((uintptr_t)from | (uintptr_t)to), hidden);
+        auto kernel = wide ? gather_kernel<T, Vec<T>::SIZE> : gather_kernel<T, 1>;
+        kernel<<<(unsigned)div_up(rows, ROW_THREADS / 32), ROW_THREADS, 0, m->b->stream>>>(
+            rows, hidden, divisor, index, (const T *)from, (T *)to);
+    });
+    LAUNCH_TRY(m->b);
+    return STATUS_OK;
+}
+
+// The rows of x or dout by expert.
+static Status gather_tokens(const Moe *m, const void *from, void *to) {
+    const MoeFfnArgs *args = m->args;
+    return gather(m, args->tokens * args->top_k, args->routing.slot_of_row, args->top_k, from, to);
+}
+
+static Status combine(const Moe *m, void *out) {
+    const MoeFfnArgs *args = m->args;
+    const int32_t *row_of_slot = args->routing.row_of_slot;
+    if (args->top_k == 1) return gather(m, args->tokens, row_of_slot, 1, m->scratch.rows, out);
+    DISPATCH_DTYPE(m->b->base.compute_dtype, T, {
+        const bool wide = vec_ok<T>(out, args->hidden_size);
+        auto kernel = wide ? combine_kernel<T, Vec<T>::SIZE> : combine_kernel<T, 1>;
+        kernel<<<(unsigned)div_up(args->tokens, ROW_THREADS / 32), ROW_THREADS, 0, m->b->stream>>>(
+            args->tokens, args->hidden_size, args->top_k, row_of_slot, (const T *)m->scratch.rows,
+            (T *)out);
+    });
+    LAUNCH_TRY(m->b);
+    return STATUS_OK;
+}
+
+// --- Scratch ---------------------------------------------------------------------------------
+
+typedef struct MoeBytes {
+    size_t hidden, inner; // of all rows
+} MoeBytes;
+
+static MoeBytes moe_bytes(const CudaBackend *b, const MoeFfnArgs *args) {
+    const size_t rows = (size_t)(args->tokens * args->top_k) * dtype_bytes(b->base.compute_dtype);
+    MoeBytes bytes = {rows * (size_t)args->hidden_size, rows * (size_t)args->intermediate_size};
+    return bytes;
+}
+
+size_t cuda_moe_ffn_workspace(const CudaBackend *b, const MoeFfnArgs *args) {
+    const MoeBytes bytes = moe_bytes(b, args);
+    return 3 * scratch_bytes(bytes.hidden) + scratch_bytes(bytes.inner) +
+           scratch_bytes(2 * bytes.inner);
+}
+
+static Status moe_open(Backend *base, const MoeFfnArgs *args, bool backward, Moe *m) {
+    m->b = cuda_of(base);
+    m->b->current_op = backward ? "moe_ffn_backward" : "moe_ffn_forward";
+    m->args = args;
+    m->element = dtype_bytes(base->compute_dtype);
+    m->begin = m->b->host_counts;
+    const MoeBytes bytes = moe_bytes(m->b, args);
+    Scratch scratch = scratch_open(m->b);
+    TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.x));
+    TRY(scratch_take(&scratch, bytes.inner, &m->scratch.activation));
+    TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.rows));
+    if (!backward) return STATUS_OK;
+    TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.dout));
+    return scratch_take(&scratch, 2 * bytes.inner, &m->scratch.dgate_up);
+}
+
+// Row `row` of a matrix of `width` columns.
+static void *row_of(const Moe *m, const void *matrix, int64_t row, int64_t width) {
+    return (char *)matrix + (size_t)(row * width) * m->element;
+}
+// The weight (or its gradient) of expert e.
+static void *expert_of(const void *matrix, int e, int64_t rows, int64_t columns, size_t element) {
+    return (char *)matrix + (size_t)(e * rows * columns) * element;
+}
+
+// --- One expert ----------------------------------------------------------------------------------
+
+// A product over the rows of one expert.
+static Gemm expert_gemm(const Moe *m, int64_t rows, int64_t n, int64_t k, const void *a,
+                        const void *weight, void *c) {
+    Gemm g = gemm_of(m->b, rows, n, k, a, weight, c);
+    g.rows_vary = true;
+    return g;
+}
+
+static Swiglu expert_swiglu(const Moe *m, int expert) {
+    const MoeFfnArgs *args = m->args;
+    const int64_t begin = m->begin[expert], inner = args->intermediate_size;
+    Swiglu s = {};
+    s.rows = m->begin[expert + 1] - begin;
+    s.inner = args->intermediate_size;
+    s.gate_up = row_of(m, args->gate_up, begin, 2 * inner);
+    s.scale = args->routing.gate;
+    s.scale_index = args->routing.slot_of_row + begin;
+    s.activation = row_of(m, m->scratch.activation, begin, inner);
+    return s;
+}
+
+// --- Forward -----------------------------------------------------------------------------------
+
+static Status forward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    Gemm gate_up = expert_gemm(m, rows, 2 * inner, hidden, row_of(m, m->scratch.x, begin, hidden),
+                               expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
+                               row_of(m, args->gate_up, begin, 2 * inner));
+    gate_up.transpose_b = true;
+    TRY(gemm_run(m->b, &gate_up, stream_index));
+    if (!args->out) return STATUS_OK;
+    const Swiglu swiglu = expert_swiglu(m, e);
+    TRY(swiglu_forward(m->b, &swiglu, stream));
+    Gemm down = expert_gemm(m, rows, hidden, inner, swiglu.activation,
+                            expert_of(args->weight_down, e, hidden, inner, m->element),
+                            row_of(m, m->scratch.rows, begin, hidden));
+    down.transpose_b = true;
+    return gemm_run(m->b, &down, stream_index);
+}
+
+Status cuda_moe_ffn_forward(Backend *base, const MoeFfnArgs *args) {
+    if (args->tokens == 0) return STATUS_OK;
+    Moe m = {};
+    TRY(moe_open(base, args, false, &m));
+    TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
+    TRY(gather_tokens(&m, args->x, m.scratch.x));
+    TRY(counts_finish(m.b, args->num_experts, args->tokens * args->top_k));
+    TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
+    return args->out ? combine(&m, args->out) : STATUS_OK;
+}
+
+// --- Backward ----------------------------------------------------------------------------------
+
+// grad (out_rows, columns) of expert e += leftᵀ · right over its rows.
+static Status weight_gradient(const Moe *m, int e, int stream_index, const void *left,
+                              int64_t out_rows, const void *right, int64_t columns, void *grad) {
+    const int64_t begin = m->begin[e];
+    const DType type = m->b->base.grad_dtype;
+    Gemm g = expert_gemm(m, out_rows, columns, m->begin[e + 1] - begin,
+                         row_of(m, left, begin, out_rows), row_of(m, right, begin, columns),
+                         expert_of(grad, e, out_rows, columns, dtype_bytes(type)));
+    g.dtype_c = type;
+    g.transpose_a = true;
+    g.beta = 1.0f;
+    return gemm_run(m->b, &g, stream_index);
+}
+
+static Status backward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const MoeScratch *scratch = &m->scratch;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    const Gemm dactivation =
+        expert_gemm(m, rows, inner, hidden, row_of(m, scratch->dout, begin, hidden),
+                    expert_of(args->weight_down, e, hidden, inner, m->element),
+                    row_of(m, scratch->activation, begin, inner));
+    TRY(gemm_run(m->b, &dactivation, stream_index));
+    Swiglu swiglu = expert_swiglu(m, e);
+    swiglu.dactivation = swiglu.activation; // in place
+    swiglu.dgate_up = row_of(m, scratch->dgate_up, begin, 2 * inner);
+    swiglu.dscale = args->dgate;
+    TRY(swiglu_backward(m->b, &swiglu, stream));
+    const Gemm dx = expert_gemm(m, rows, hidden, 2 * inner, swiglu.dgate_up,
+                                expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
+                                row_of(m, scratch->rows, begin, hidden));
+    TRY(gemm_run(m->b, &dx, stream_index));
+    TRY(weight_gradient(m, e, stream_index, scratch->dout, hidden, scratch->activation, inner,
+                        args->grad_down));
+    return weight_gradient(m, e, stream_index, scratch->dgate_up, 2 * inner, scratch->x, hidden,
+                           args->grad_gate_up);
+}
+
+Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
+    if (args->tokens == 0) return STATUS_OK;
+    Moe m = {};
+    TRY(moe_open(base, args, true, &m));
+    TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
+    TRY(gather_tokens(&m, args->dout, m.scratch.dout));
+    TRY(gather_tokens(&m, args->x, m.scratch.x));
+    TRY(counts_finish(m.b, args->num_experts, args->tokens * args->top_k));
+    TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
+    return combine(&m, args->dx);
+}
