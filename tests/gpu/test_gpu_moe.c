@@ -1,0 +1,142 @@
+// The expert MLPs on the GPU against the CPU backend: balanced, one expert with everything, empty
+// experts, k = N, one token, odd sizes, and many row counts in a row.
+#include "tests/gpu/gpu_routing.h"
+
+typedef struct Shape {
+    int64_t tokens;
+    int hidden, inner, experts, k;
+    Spread spread;
+} Shape;
+
+typedef struct Operands {
+    Pair x, weight_gate_up, weight_down, out, gate_up, dout, dx, dgate, grad_gate_up, grad_down;
+    RoutingPair routing;
+} Operands;
+
+static MoeFfnArgs args_of(const Shape *s, const Operands *o, bool gpu) {
+#define SIDE(pair) (gpu ? (pair).gpu : (void *)(pair).cpu)
+    return (MoeFfnArgs){.tokens = s->tokens,
+                        .hidden_size = s->hidden,
+                        .intermediate_size = s->inner,
+                        .num_experts = s->experts,
+                        .top_k = s->k,
+                        .x = SIDE(o->x),
+                        .weight_gate_up = SIDE(o->weight_gate_up),
+                        .weight_down = SIDE(o->weight_down),
+                        .routing = gpu ? o->routing.gpu : o->routing.cpu,
+                        .out = SIDE(o->out),
+                        .gate_up = SIDE(o->gate_up),
+                        .dout = SIDE(o->dout),
+                        .dx = SIDE(o->dx),
+                        .dgate = (float *)SIDE(o->dgate),
+                        .grad_gate_up = SIDE(o->grad_gate_up),
+                        .grad_down = SIDE(o->grad_down)};
+#undef SIDE
+}
+
+static Operands random_operands(Backend *gpu, const Shape *s) {
+    const DType dtype = gpu->compute_dtype, grad = gpu->grad_dtype;
+    const int64_t rows = s->tokens * s->k, wide = 2 * s->inner, all = s->tokens * s->hidden;
+    const int64_t weights = (int64_t)s->experts * s->inner * s->hidden;
+    Operands o = {.x = pair_random(gpu, dtype, all, 1.0f),
+                  .weight_gate_up =
+                      pair_random(gpu, dtype, 2 * weights, 1.0f / sqrtf((float)s->hidden)),
+                  .weight_down = pair_random(gpu, dtype, weights, 1.0f / sqrtf((float)s->inner)),
+                  .out = pair_poisoned(gpu, dtype, all),
+                  .gate_up = pair_poisoned(gpu, dtype, rows * wide),
+                  .dout = pair_random(gpu, dtype, all, 1.0f),
+                  .dx = pair_poisoned(gpu, dtype, all),
+                  .dgate = pair_poisoned(gpu, DTYPE_F32, rows),
+                  .grad_gate_up = pair_random(gpu, grad, 2 * weights, 0.1f),
+                  .grad_down = pair_random(gpu, grad, weights, 0.1f),
+                  .routing = routing_poisoned(gpu, s->tokens, s->experts, s->k)};
+    routing_random(&o.routing, s->spread);
+    return o;
+}
+
+static void free_operands(Operands *o) {
+    Pair *all[] = {
+        &o->x,  &o->weight_gate_up, &o->weight_down,  &o->out,      &o->gate_up, &o->dout,
+        &o->dx, &o->dgate,          &o->grad_gate_up, &o->grad_down};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) pair_free(all[i]);
+    routing_free(&o->routing);
+}
+
+static Pair copy_of(const Pair *p) {
+    Pair copy = pair_poisoned(p->backend, p->dtype, p->count);
+    memcpy(copy.cpu, p->cpu, (size_t)p->count * sizeof(float));
+    pair_upload(&copy);
+    return copy;
+}
+
+static void check_backward(const Shape *s, Operands *o, const char *text) {
+    Backend *gpu = o->x.backend;
+    const double tolerance = gpu_tolerance(gpu->compute_dtype);
+    Operands again = *o; // a second run must give the same bits
+    again.dx = copy_of(&o->dx);
+    again.dgate = copy_of(&o->dgate);
+    again.grad_gate_up = copy_of(&o->grad_gate_up);
+    again.grad_down = copy_of(&o->grad_down);
+    Pair *const first[] = {&o->dx, &o->dgate, &o->grad_gate_up, &o->grad_down};
+    Pair *const second[] = {&again.dx, &again.dgate, &again.grad_gate_up, &again.grad_down};
+    static const char *const names[] = {"dx", "dgate", "grad_gate_up", "grad_down"};
+    pair_adopt(&o->gate_up);
+    MoeFfnArgs cpu_args = args_of(s, o, false), gpu_args = args_of(s, o, true);
+    MoeFfnArgs again_args = args_of(s, &again, true);
+    GPU_RUN(gpu_reference(), OP_MOE_FFN, moe_ffn_backward, &cpu_args);
+    GPU_RUN(gpu, OP_MOE_FFN, moe_ffn_backward, &gpu_args);
+    GPU_RUN(gpu, OP_MOE_FFN, moe_ffn_backward, &again_args);
+    for (int i = 0; i < 4; i++) {
+        pair_check(first[i], tolerance, text, names[i]);
+        pair_check_same_bits(second[i], first[i], text, names[i]);
+        pair_free(second[i]);
+    }
+}
+
+static void check_shape(Backend *gpu, const Shape *s) {
+    static const char *const spreads[] = {"even", "one", "half", "gaps"};
+    const double tolerance = gpu_tolerance(gpu->compute_dtype);
+    char text[128];
+    snprintf(text, sizeof text, "%s moe T%d H%d I%d N%d k%d %s", dtype_name(gpu->compute_dtype),
+             (int)s->tokens, s->hidden, s->inner, s->experts, s->k, spreads[s->spread]);
+    Operands o = random_operands(gpu, s);
+    MoeFfnArgs cpu_args = args_of(s, &o, false), gpu_args = args_of(s, &o, true);
+    GPU_RUN(gpu_reference(), OP_MOE_FFN, moe_ffn_forward, &cpu_args);
+    GPU_RUN(gpu, OP_MOE_FFN, moe_ffn_forward, &gpu_args);
+    pair_check(&o.gate_up, tolerance, text, "gate_up");
+    pair_check(&o.out, tolerance, text, "out");
+    Pair gate_up = pair_poisoned(gpu, gpu->compute_dtype, o.gate_up.count);
+    gpu_args.out = NULL; // only what backward reads
+    gpu_args.gate_up = gate_up.gpu;
+    GPU_RUN(gpu, OP_MOE_FFN, moe_ffn_forward, &gpu_args);
+    pair_check_same_bits(&gate_up, &o.gate_up, text, "gate_up without out");
+    pair_free(&gate_up);
+    check_backward(s, &o, text);
+    free_operands(&o);
+}
+
+static const Shape shapes[] = {
+    {1, 64, 96, 6, 1, SPREAD_EVEN},      {1, 64, 96, 4, 4, SPREAD_EVEN},
+    {1, 8, 8, 1, 1, SPREAD_ONE},         {5, 33, 17, 3, 2, SPREAD_EVEN},
+    {300, 128, 200, 6, 1, SPREAD_EVEN},  {300, 128, 200, 6, 1, SPREAD_ONE},
+    {300, 128, 200, 6, 2, SPREAD_HALF},  {301, 128, 200, 6, 3, SPREAD_GAPS},
+    {150, 72, 40, 5, 5, SPREAD_EVEN},    {513, 896, 608, 6, 1, SPREAD_EVEN},
+    {700, 256, 264, 6, 2, SPREAD_ONE},   {400, 64, 32, 64, 4, SPREAD_EVEN},
+    {200, 100, 50, 256, 2, SPREAD_GAPS},
+};
+
+int main(void) {
+    for (int fp32 = 1; fp32 >= 0; fp32--) {
+        Backend *gpu = gpu_backend(fp32);
+        for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) check_shape(gpu, &shapes[i]);
+        // Row counts around the multiple of 256 that a product's algorithm is chosen for.
+        const int64_t tokens[] = {15, 16, 255, 256, 257, 511, 513};
+        for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; i++) {
+            const Shape s = {tokens[i], 256, 128, 2, 1, SPREAD_ONE};
+            check_shape(gpu, &s);
+        }
+        backend_destroy(gpu);
+    }
+    backend_destroy(gpu_reference());
+    return gpu_test_result("test_gpu_moe");
+}
