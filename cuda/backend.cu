@@ -121,6 +121,20 @@ static void host_release(Backend *base, void *pointer) {
     cudaFreeHost(pointer);
 }
 
+// Waits for everything before it. Also looks at the word in which embed notes a bad token id, so
+// that nothing that was computed from one reaches the host.
+static Status synchronize(Backend *base) {
+    CudaBackend *b = cuda_of(base);
+    CUDA_TRY(b, cudaMemcpyAsync(b->host_bad_id, b->bad_id, sizeof *b->bad_id,
+                                cudaMemcpyDeviceToHost, b->stream));
+    CUDA_TRY(b, cudaStreamSynchronize(b->stream));
+    const uint64_t word = *b->host_bad_id;
+    if (word == 0) return STATUS_OK;
+    CUDA_TRY(b, cudaMemsetAsync(b->bad_id, 0, sizeof *b->bad_id, b->stream));
+    FAIL(STATUS_BAD_DATA, "token id %d at position %d of the micro-batch is outside the vocabulary",
+         (int)(uint32_t)word, INT32_MAX - (int)(word >> 32 & INT32_MAX));
+}
+
 // A copy from ordinary memory is staged by the runtime before the call returns; from page-locked
 // memory it is asynchronous, so wait: the caller may reuse it at once.
 static Status upload(Backend *base, void *device, const void *host, size_t bytes) {
@@ -133,8 +147,7 @@ static Status upload(Backend *base, void *device, const void *host, size_t bytes
 static Status download(Backend *base, void *host, const void *device, size_t bytes) {
     CudaBackend *b = cuda_of(base);
     CUDA_TRY(b, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, b->stream));
-    CUDA_TRY(b, cudaStreamSynchronize(b->stream));
-    return STATUS_OK;
+    return synchronize(base);
 }
 
 static Status copy(Backend *base, void *to, const void *from, size_t bytes) {
@@ -146,22 +159,6 @@ static Status copy(Backend *base, void *to, const void *from, size_t bytes) {
 static Status zero(Backend *base, void *device, size_t bytes) {
     CudaBackend *b = cuda_of(base);
     CUDA_TRY(b, cudaMemsetAsync(device, 0, bytes, b->stream));
-    return STATUS_OK;
-}
-
-// Also looks at the error word that embed sets when an id is out of range.
-static Status synchronize(Backend *base) {
-    CudaBackend *b = cuda_of(base);
-    int32_t bad[2];
-    CUDA_TRY(b, cudaMemcpyAsync(bad, b->device_error, sizeof bad, cudaMemcpyDeviceToHost,
-                                b->stream));
-    CUDA_TRY(b, cudaStreamSynchronize(b->stream));
-    if (bad[0] != 0) {
-        CUDA_TRY(b, cudaMemsetAsync(b->device_error, 0, sizeof bad, b->stream));
-        FAIL(STATUS_BAD_DATA, "token id %d at position %d of the micro-batch is outside the "
-                              "vocabulary",
-             bad[1], bad[0] - 1);
-    }
     return STATUS_OK;
 }
 
@@ -179,7 +176,8 @@ static void destroy(Backend *base) {
     if (b->fork_event) cudaEventDestroy(b->fork_event);
     if (b->stream) cudaStreamDestroy(b->stream);
     cudaFree(b->gemm_workspace);
-    cudaFree(b->device_error);
+    cudaFree(b->bad_id);
+    if (b->host_bad_id) cudaFreeHost(b->host_bad_id);
     if (b->host_counts) cudaFreeHost(b->host_counts);
     free(b);
 }
@@ -228,8 +226,9 @@ static Status check_device(int device, cudaDeviceProp *properties) {
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaErrorInsufficientDriver) {
         cudaDriverGetVersion(&driver);
-        FAIL(STATUS_USAGE, "the NVIDIA driver is too old: it supports CUDA %d.%d, this build needs "
-                           "%d.%d; update the driver or use --device cpu",
+        FAIL(STATUS_USAGE,
+             "the NVIDIA driver is too old: it supports CUDA %d.%d, this build needs "
+             "%d.%d; update the driver or use --device cpu",
              driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     }
     if (error != cudaSuccess || count == 0)
@@ -239,8 +238,9 @@ static Status check_device(int device, cudaDeviceProp *properties) {
     if (cudaGetDeviceProperties(properties, device) != cudaSuccess)
         FAIL(STATUS_INTERNAL, "GPU %d: cannot read its properties", device);
     if (properties->major < 8)
-        FAIL(STATUS_USAGE, "GPU %d (%s) has compute capability %d.%d; bf16 training needs 8.0 or "
-                           "newer",
+        FAIL(STATUS_USAGE,
+             "GPU %d (%s) has compute capability %d.%d; bf16 training needs 8.0 or "
+             "newer",
              device, properties->name, properties->major, properties->minor);
     return STATUS_OK;
 }
@@ -253,10 +253,12 @@ static Status create_parts(CudaBackend *b) {
         CUDA_TRY(b, cudaStreamCreateWithFlags(&b->side[i], cudaStreamNonBlocking));
         CUDA_TRY(b, cudaEventCreateWithFlags(&b->join_event[i], cudaEventDisableTiming));
     }
-    CUDA_TRY(b, cudaMalloc(&b->gemm_workspace,
-                           (size_t)GEMM_WORKSPACE_BYTES * (1 + CUDA_SIDE_STREAMS)));
-    CUDA_TRY(b, cudaMalloc((void **)&b->device_error, 2 * sizeof(int32_t)));
-    CUDA_TRY(b, cudaMemset(b->device_error, 0, 2 * sizeof(int32_t)));
+    CUDA_TRY(
+        b, cudaMalloc(&b->gemm_workspace, (size_t)GEMM_WORKSPACE_BYTES * (1 + CUDA_SIDE_STREAMS)));
+    CUDA_TRY(b, cudaMalloc((void **)&b->bad_id, sizeof *b->bad_id));
+    CUDA_TRY(b, cudaMemsetAsync(b->bad_id, 0, sizeof *b->bad_id, b->stream));
+    CUDA_TRY(b,
+             cudaHostAlloc((void **)&b->host_bad_id, sizeof *b->host_bad_id, cudaHostAllocDefault));
     CUDA_TRY(b, cudaHostAlloc((void **)&b->host_counts, 4096, cudaHostAllocDefault));
     TRY(gemm_cache_create(b));
     return attention_cache_create(b);

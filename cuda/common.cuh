@@ -58,6 +58,15 @@ static __device__ __forceinline__ void store_piece(T *p, const Piece<T, W> &r) {
         *reinterpret_cast<int4 *>(p) = *reinterpret_cast<const int4 *>(&r);
 }
 
+// Hides from the compiler that a piece keeps its value, so that it converts to fp32 again instead
+// of holding the converted values in twice the registers.
+template <typename T, int W> static __device__ __forceinline__ void forget(Piece<T, W> *piece) {
+    if constexpr (W > 1) {
+        int4 *words = reinterpret_cast<int4 *>(piece);
+        asm volatile("" : "+r"(words->x), "+r"(words->y), "+r"(words->z), "+r"(words->w));
+    }
+}
+
 // True when rows of `width` elements at `p` can be accessed as vectors.
 template <typename T> static inline bool vec_ok(const void *p, int64_t width) {
     return ((uintptr_t)p & 15) == 0 && width % Vec<T>::SIZE == 0;
@@ -98,6 +107,12 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     if (lane == 0) shared[warp] = x;
     __syncthreads();
     return warp_max(shared[lane < warps ? lane : 0]);
+}
+
+// Keeps the bad token id of the lowest position: the word grows as the position falls.
+static __device__ __forceinline__ void note_bad_id(uint64_t *word, int64_t position, int32_t id) {
+    const uint64_t value = (uint64_t)(INT32_MAX - position) << 32 | (uint32_t)id;
+    atomicMax((unsigned long long *)word, (unsigned long long)value | 1ull << 63);
 }
 
 static inline int64_t div_up(int64_t a, int64_t b) {

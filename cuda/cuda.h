@@ -39,9 +39,12 @@ typedef struct CudaBackend {
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;
-    int32_t *host_counts;   // pinned: expert_begin of the expert op in flight
-    bool keep_counts;       // benchmarks: host_counts are right already, do not copy them
-    int32_t *device_error;  // first bad token id: {position + 1, id}; read by synchronize
+    int32_t *host_counts; // pinned: expert_begin of the expert op in flight
+    bool keep_counts;     // benchmarks: host_counts are right already, do not copy them
+    // 0, or a token id outside the vocabulary and where it stands (note_bad_id in common.cuh); read
+    // whenever the host waits for the device.
+    uint64_t *bad_id;
+    uint64_t *host_bad_id;  // pinned copy
     const char *current_op; // named when a CUDA call fails
 } CudaBackend;
 
@@ -116,9 +119,13 @@ Status cuda_embed_forward(Backend *, const EmbedArgs *);
 Status cuda_embed_backward(Backend *, const EmbedArgs *);
 size_t cuda_embed_workspace(const CudaBackend *, const EmbedArgs *);
 // norm.cu
+enum { CUDA_NORM_WIDTH_MAX = 8192 }; // a row fits the registers of a block
 Status cuda_rmsnorm_forward(Backend *, const RmsNormArgs *);
 Status cuda_rmsnorm_backward(Backend *, const RmsNormArgs *);
 size_t cuda_rmsnorm_workspace(const CudaBackend *, const RmsNormArgs *);
+// grad[c] += Σ_r parts[r * stride + c], in a fixed order; grad has the backend's grad_dtype.
+Status add_column_sums(CudaBackend *backend, const float *parts, int64_t rows, int64_t stride,
+                       int64_t columns, void *grad) NODISCARD;
 // linear.cu
 Status cuda_linear_forward(Backend *, const LinearArgs *);
 Status cuda_linear_backward(Backend *, const LinearArgs *);
