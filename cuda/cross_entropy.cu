@@ -26,7 +26,7 @@ template <typename T> struct LossRows {
     const int32_t *targets; // (T)
     float *losses;          // (T)
     float grad_scale;
-    int32_t *device_error;
+    uint64_t *bad_id;
 };
 
 static __device__ __forceinline__ float exp2_fast(float x) {
@@ -38,11 +38,10 @@ static __device__ __forceinline__ float exp2_fast(float x) {
 // The row's target, -1 where it is ignored. One outside the vocabulary is ignored, too, and noted
 // for synchronize().
 static __device__ __forceinline__ int target_of(const int32_t *targets, int64_t t, int vocab,
-                                                int32_t *device_error) {
+                                                uint64_t *bad_id) {
     const int target = targets[t];
     if (target >= -1 && target < vocab) return target;
-    if (threadIdx.x == 0 && atomicCAS(&device_error[0], 0, (int)t + 1) == 0)
-        device_error[1] = target;
+    if (threadIdx.x == 0) note_bad_id(bad_id, t, target);
     return -1;
 }
 
@@ -134,7 +133,7 @@ static __global__ void __launch_bounds__(ROW_THREADS_MAX) loss_rows_kernel(const
     const int64_t t = a.first + blockIdx.x;
     T *row = a.logits + blockIdx.x * a.stride;
     const int pieces = (a.vocab + W - 1) / W;
-    const int target = target_of(a.targets, t, a.vocab, a.device_error);
+    const int target = target_of(a.targets, t, a.vocab, a.bad_id);
     if (target < 0) {
         if (GRADIENT) zero_row(row, pieces);
         if (threadIdx.x == 0) a.losses[t] = 0.0f;
@@ -268,7 +267,7 @@ static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *a
                             .targets = args->targets,
                             .losses = chunk->losses,
                             .grad_scale = args->grad_scale,
-                            .device_error = backend->device_error};
+                            .bad_id = backend->bad_id};
         if (args->grad_weight)
             TRY((launch_rows<T, true>(backend, &rows, chunk->rows)));
         else
