@@ -226,6 +226,7 @@ static Status check_device(int device, cudaDeviceProp *properties) {
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaErrorInsufficientDriver) {
         cudaDriverGetVersion(&driver);
+        if (driver == 0) FAIL(STATUS_USAGE, "no NVIDIA driver found; use --device cpu");
         FAIL(STATUS_USAGE,
              "the NVIDIA driver is too old: it supports CUDA %d.%d, this build needs "
              "%d.%d; update the driver or use --device cpu",
