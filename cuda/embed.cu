@@ -114,7 +114,7 @@ size_t cuda_embed_workspace(const CudaBackend *backend, const EmbedArgs *args) {
     (void)backend;
     EmbedScratch unused;
     size_t total = 0;
-    INVARIANT(lay_out(args, &unused, NULL, &total) == STATUS_OK);
+    if (lay_out(args, &unused, NULL, &total) != STATUS_OK) status_clear(); // the op will say so
     return total;
 }
 
