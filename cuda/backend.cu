@@ -7,6 +7,7 @@
 #include <string.h>
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
+#include "cuda/grouped.h"
 
 extern "C" {
 #include "cuda/backend.h"
@@ -104,7 +105,7 @@ static Status device_alloc(Backend *base, size_t bytes, void **out) {
 }
 
 static void device_release(Backend *base, void *pointer) {
-    (void)base;
+    counts_forget(cuda_of(base), NULL, SIZE_MAX); // its size is not known
     cudaFree(pointer);
 }
 
@@ -139,6 +140,7 @@ static Status synchronize(Backend *base) {
 // memory it is asynchronous, so wait: the caller may reuse it at once.
 static Status upload(Backend *base, void *device, const void *host, size_t bytes) {
     CudaBackend *b = cuda_of(base);
+    counts_forget(b, device, bytes);
     CUDA_TRY(b, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, b->stream));
     CUDA_TRY(b, cudaStreamSynchronize(b->stream));
     return STATUS_OK;
@@ -152,12 +154,14 @@ static Status download(Backend *base, void *host, const void *device, size_t byt
 
 static Status copy(Backend *base, void *to, const void *from, size_t bytes) {
     CudaBackend *b = cuda_of(base);
+    counts_forget(b, to, bytes);
     CUDA_TRY(b, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, b->stream));
     return STATUS_OK;
 }
 
 static Status zero(Backend *base, void *device, size_t bytes) {
     CudaBackend *b = cuda_of(base);
+    counts_forget(b, device, bytes);
     CUDA_TRY(b, cudaMemsetAsync(device, 0, bytes, b->stream));
     return STATUS_OK;
 }
@@ -169,6 +173,7 @@ static void destroy(Backend *base) {
     cudaDeviceSynchronize();
     gemm_cache_destroy(b);
     attention_cache_destroy(b);
+    counts_cache_destroy(b);
     for (int i = 0; i < CUDA_SIDE_STREAMS; i++) {
         if (b->join_event[i]) cudaEventDestroy(b->join_event[i]);
         if (b->side[i]) cudaStreamDestroy(b->side[i]);
@@ -262,6 +267,7 @@ static Status create_parts(CudaBackend *b) {
              cudaHostAlloc((void **)&b->host_bad_id, sizeof *b->host_bad_id, cudaHostAllocDefault));
     CUDA_TRY(b, cudaHostAlloc((void **)&b->host_counts, 4096, cudaHostAllocDefault));
     TRY(gemm_cache_create(b));
+    TRY(counts_cache_create(b));
     return attention_cache_create(b);
 }
 

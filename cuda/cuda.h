@@ -20,6 +20,7 @@ extern "C" {
 #include "model/backend.h"
 
 typedef struct GemmCache GemmCache;           // gemm.cu
+typedef struct CountsCache CountsCache;       // grouped.cu
 typedef struct AttentionCache AttentionCache; // attention_cudnn.cpp, or NULL without cuDNN
 
 enum { CUDA_SIDE_STREAMS = 4, CUDA_MAX_EXPERTS = 256 };
@@ -39,8 +40,8 @@ typedef struct CudaBackend {
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;
-    int32_t *host_counts; // pinned: expert_begin of the expert op in flight
-    bool keep_counts;     // benchmarks: host_counts are right already, do not copy them
+    int32_t *host_counts; // pinned: where expert_begin arrives
+    CountsCache *counts;
     // 0, or a token id outside the vocabulary and where it stands (note_bad_id in common.cuh); read
     // whenever the host waits for the device.
     uint64_t *bad_id;

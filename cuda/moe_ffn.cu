@@ -125,7 +125,6 @@ static Status moe_open(Backend *base, const MoeFfnArgs *args, bool backward, Moe
     m->b->current_op = backward ? "moe_ffn_backward" : "moe_ffn_forward";
     m->args = args;
     m->element = dtype_bytes(base->compute_dtype);
-    m->begin = m->b->host_counts;
     const MoeBytes bytes = moe_bytes(m->b, args);
     Scratch scratch = scratch_open(m->b);
     TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.x));
@@ -143,6 +142,12 @@ static void *row_of(const Moe *m, const void *matrix, int64_t row, int64_t width
 // The weight (or its gradient) of expert e.
 static void *expert_of(const void *matrix, int e, int64_t rows, int64_t columns, size_t element) {
     return (char *)matrix + (size_t)(e * rows * columns) * element;
+}
+
+static Status moe_counts(Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    return counts_finish(m->b, args->routing.expert_begin, args->num_experts,
+                         args->tokens * args->top_k, &m->begin);
 }
 
 // --- One expert ----------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ Status cuda_moe_ffn_forward(Backend *base, const MoeFfnArgs *args) {
     TRY(moe_open(base, args, false, &m));
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
-    TRY(counts_finish(m.b, args->num_experts, args->tokens * args->top_k));
+    TRY(moe_counts(&m));
     TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
     return args->out ? combine(&m, args->out) : STATUS_OK;
 }
@@ -250,7 +255,7 @@ Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
     TRY(gather_tokens(&m, args->dout, m.scratch.dout));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
-    TRY(counts_finish(m.b, args->num_experts, args->tokens * args->top_k));
+    TRY(moe_counts(&m));
     TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
     return combine(&m, args->dx);
 }

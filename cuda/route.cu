@@ -9,6 +9,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include "cuda/grouped.h"
 #include "cuda/route.cuh"
 
 enum {
@@ -344,6 +345,7 @@ Status cuda_route_forward(Backend *base, const RouteArgs *args) {
     INVARIANT(args->top_k >= 1 && args->top_k <= args->num_experts);
     INVARIANT(args->num_experts <= CUDA_MAX_EXPERTS);
     INVARIANT(args->tokens * args->top_k <= INT32_MAX);
+    counts_forget(b, args->routing.expert_begin, ((size_t)args->num_experts + 1) * sizeof(int32_t));
     if (args->tokens == 0)
         return base->ops->zero(base, args->routing.expert_begin,
                                ((size_t)args->num_experts + 1) * sizeof(int32_t));

@@ -115,6 +115,39 @@ static void check_shape(Backend *gpu, const Shape *s) {
     free_operands(&o);
 }
 
+static void check_out(const Shape *s, Operands *o, const char *text) {
+    MoeFfnArgs cpu_args = args_of(s, o, false), gpu_args = args_of(s, o, true);
+    GPU_RUN(gpu_reference(), OP_MOE_FFN, moe_ffn_forward, &cpu_args);
+    GPU_RUN(o->x.backend, OP_MOE_FFN, moe_ffn_forward, &gpu_args);
+    pair_check(&o->out, gpu_tolerance(o->x.dtype), text, "out");
+}
+
+// A routing that changes in place, by an upload and by the router, is never taken for the old one.
+static void check_new_routing(Backend *gpu) {
+    const Shape s = {500, 64, 48, 6, 2, SPREAD_EVEN};
+    char text[64];
+    snprintf(text, sizeof text, "%s moe, same routing memory", dtype_name(gpu->compute_dtype));
+    Operands o = random_operands(gpu, &s);
+    check_out(&s, &o, text);
+    routing_random(&o.routing, SPREAD_HALF);
+    check_out(&s, &o, text);
+    Pair weight = pair_random(gpu, DTYPE_F32, (int64_t)s.experts * s.hidden, 0.3f);
+    const RouteArgs route = {.tokens = s.tokens,
+                             .hidden_size = s.hidden,
+                             .num_experts = s.experts,
+                             .top_k = s.k,
+                             .gate_kind = GATE_RENORM,
+                             .gate_scale = 1.0f,
+                             .x = o.x.gpu,
+                             .weight = (const float *)weight.gpu,
+                             .routing = o.routing.gpu};
+    GPU_RUN(gpu, OP_ROUTE, route_forward, &route);
+    routing_download(&o.routing);
+    check_out(&s, &o, text);
+    pair_free(&weight);
+    free_operands(&o);
+}
+
 static const Shape shapes[] = {
     {1, 64, 96, 6, 1, SPREAD_EVEN},      {1, 64, 96, 4, 4, SPREAD_EVEN},
     {1, 8, 8, 1, 1, SPREAD_ONE},         {5, 33, 17, 3, 2, SPREAD_EVEN},
@@ -135,6 +168,7 @@ int main(void) {
             const Shape s = {tokens[i], 256, 128, 2, 1, SPREAD_ONE};
             check_shape(gpu, &s);
         }
+        check_new_routing(gpu);
         backend_destroy(gpu);
     }
     backend_destroy(gpu_reference());
