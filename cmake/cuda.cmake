@@ -82,6 +82,16 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
           RESOURCE_LOCK gpu)
       endif()
     endforeach()
+    # Whole models on the GPU: CPU suites built a second time. CUDA does not survive a fork.
+    foreach(topic parity)
+      set(name test_gpu_${topic})
+      add_executable(${name} ${CMAKE_SOURCE_DIR}/tests/test_${topic}.c)
+      target_link_libraries(${name} PRIVATE d2m_train PkgConfig::CHECK)
+      target_compile_definitions(${name} PRIVATE TEST_ON_GPU TEST_SOURCE_DIR=".")
+      add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+      set_tests_properties(${name} PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77
+        RESOURCE_LOCK gpu ENVIRONMENT CK_FORK=no)
+    endforeach()
   endif()
 else()
   message(STATUS "CUDA: not used, the programs run on the CPU only")

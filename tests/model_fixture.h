@@ -4,6 +4,9 @@
 
 #include <math.h>
 #include "base/random.h"
+#ifdef TEST_ON_GPU
+#include "cuda/backend.h"
+#endif
 #include "model/model.h"
 #include "tests/random_source.h"
 #include "tests/test.h"
@@ -16,8 +19,21 @@ enum { FIXTURE_BATCH = 2, FIXTURE_LENGTH = 11, FIXTURE_TOKENS = FIXTURE_BATCH * 
 // One backend per test process; `check` runs every test in its own. It lives until the process
 // ends.
 static Backend *backend;
+
+// With TEST_ON_GPU (cmake/cuda.cmake) the same tests check the GPU backend in its fp32 mode.
 FIXTURE void use_backend(void) {
-    if (!backend) ck_assert_ok(backend_cpu(2, &backend));
+    if (backend) return;
+#ifdef TEST_ON_GPU
+    const CudaOptions options = {.device = 0, .fp32 = true};
+    Status status = backend_cuda(&options, &backend);
+    if (status == STATUS_USAGE) { // no device: CTest's SKIP_RETURN_CODE
+        printf("skipped: %s\n", status_message());
+        exit(77);
+    }
+    ck_assert_ok(status);
+#else
+    ck_assert_ok(backend_cpu(2, &backend));
+#endif
 }
 
 // Dense and MoE layers mixed, two expert counts, top-2 and top-1.

@@ -2,7 +2,8 @@
 // and one AdamW step, on the models that scripts/make_goldens.py wrote to tests/goldens/.
 //
 // "Within 1e-4" is max |ours - theirs| <= 1e-4 * max |theirs| over a tensor. Both sides compute in
-// fp32 and round in another order; what is found is around 1e-6.
+// fp32 and round in another order; what is found is around 1e-6. Built a second time as
+// test_gpu_parity, the same holds for the GPU backend in fp32 mode (no TF32).
 #include "model/hf.h"
 #include "model/safetensors.h"
 #include "optim/optimizer.h"
