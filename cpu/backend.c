@@ -10,6 +10,12 @@ static Status synchronize(Backend *backend) {
     return STATUS_OK;
 }
 
+static Status memory(Backend *backend, uint64_t *free_bytes, uint64_t *total_bytes) {
+    (void)backend;
+    *free_bytes = *total_bytes = 0;
+    return STATUS_OK;
+}
+
 static size_t workspace_bytes(Backend *backend, OpKind op, const void *args) {
     switch (op) {
     case OP_RMSNORM:
@@ -59,6 +65,7 @@ static const BackendOps cpu_ops = {
     .copy = cpu_copy,
     .zero = cpu_zero,
     .synchronize = synchronize,
+    .memory = memory,
     .workspace_bytes = workspace_bytes,
     .set_workspace = set_workspace,
     .embed_forward = cpu_embed_forward,
@@ -94,6 +101,7 @@ Status backend_cpu(int threads, Backend **out) {
     cpu->base = (Backend){
         .ops = &cpu_ops,
         .name = "cpu",
+        .device_name = "CPU",
         .compute_dtype = DTYPE_F32,
         .grad_dtype = DTYPE_F32,
         .num_threads = threads > 0 ? threads : omp_get_max_threads(),

@@ -152,6 +152,14 @@ static Status download(Backend *base, void *host, const void *device, size_t byt
     return synchronize(base);
 }
 
+static Status memory(Backend *base, uint64_t *free_bytes, uint64_t *total_bytes) {
+    size_t free_now = 0, total = 0;
+    CUDA_TRY(cuda_of(base), cudaMemGetInfo(&free_now, &total));
+    *free_bytes = free_now;
+    *total_bytes = total;
+    return STATUS_OK;
+}
+
 static Status copy(Backend *base, void *to, const void *from, size_t bytes) {
     CudaBackend *b = cuda_of(base);
     counts_forget(b, to, bytes);
@@ -197,6 +205,7 @@ static const BackendOps ops = {
     .copy = copy,
     .zero = zero,
     .synchronize = synchronize,
+    .memory = memory,
     .workspace_bytes = workspace_bytes,
     .set_workspace = set_workspace,
     .embed_forward = cuda_embed_forward,
@@ -245,10 +254,41 @@ static Status check_device(int device, cudaDeviceProp *properties) {
         FAIL(STATUS_INTERNAL, "GPU %d: cannot read its properties", device);
     if (properties->major < 8)
         FAIL(STATUS_USAGE,
-             "GPU %d (%s) has compute capability %d.%d; bf16 training needs 8.0 or "
-             "newer",
+             "GPU %d (%s) has compute capability %d.%d; bf16 training needs 8.0 or newer; use "
+             "--device cpu",
              device, properties->name, properties->major, properties->minor);
     return STATUS_OK;
+}
+
+static __global__ void probe_kernel(void) {}
+
+// Code is chosen when the first kernel is looked up.
+static Status check_code(int device, const cudaDeviceProp *properties) {
+    cudaFuncAttributes attributes;
+    if (cudaSetDevice(device) != cudaSuccess)
+        FAIL(STATUS_INTERNAL, "GPU %d (%s) cannot be opened: %s", device, properties->name,
+             cudaGetErrorString(cudaGetLastError()));
+    cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+    if (error == cudaSuccess) return STATUS_OK;
+    FAIL(STATUS_USAGE,
+         "GPU %d (%s): this build has no code for compute capability %d.%d (%s); build with "
+         "-DCMAKE_CUDA_ARCHITECTURES=%d%d or use --device cpu",
+         device, properties->name, properties->major, properties->minor, cudaGetErrorString(error),
+         properties->major, properties->minor);
+}
+
+bool backend_cuda_present(void) {
+    int count = 0, driver = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorInsufficientDriver)
+        return cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
+    return error == cudaSuccess && count > 0;
+}
+
+Status backend_cuda_check(int device) {
+    cudaDeviceProp properties;
+    TRY(check_device(device, &properties));
+    return check_code(device, &properties);
 }
 
 static Status create_parts(CudaBackend *b) {
@@ -274,10 +314,12 @@ static Status create_parts(CudaBackend *b) {
 Status backend_cuda(const CudaOptions *options, Backend **out) {
     cudaDeviceProp properties;
     TRY(check_device(options->device, &properties));
+    TRY(check_code(options->device, &properties));
     CudaBackend *b = (CudaBackend *)calloc(1, sizeof *b);
     if (!b) FAIL(STATUS_INTERNAL, "out of memory for the GPU backend");
     b->base.ops = &ops;
     b->base.name = "cuda";
+    b->base.device_name = strcpy(b->device_name, properties.name);
     b->base.compute_dtype = options->fp32 ? DTYPE_F32 : DTYPE_BF16;
     b->base.grad_dtype = DTYPE_F32;
     b->base.num_threads = 1;

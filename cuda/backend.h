@@ -11,8 +11,12 @@ typedef struct CudaOptions {
     bool fp32; // every op in fp32 (no TF32), for tests
 } CudaOptions;
 
-// STATUS_USAGE with what to do when there is no device, the driver is too old, or the architecture
-// is below 8.0.
+// A GPU is in this machine, whether it can be used or not.
+bool backend_cuda_present(void);
+// STATUS_USAGE with what to do when there is no device, the driver is too old, or this build has
+// no code for the device.
+Status backend_cuda_check(int device) NODISCARD;
+// Checks the device, too.
 Status backend_cuda(const CudaOptions *options, Backend **out) NODISCARD;
 
 #endif

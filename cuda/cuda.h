@@ -28,6 +28,7 @@ enum { CUDA_SIDE_STREAMS = 4, CUDA_MAX_EXPERTS = 256 };
 typedef struct CudaBackend {
     Backend base;
     int device;
+    char device_name[256];
     int num_sms;
     cudaStream_t stream; // every op, in order
     // Work that may overlap inside one op (the experts' GEMMs) forks from `stream` to these and

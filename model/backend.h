@@ -287,7 +287,10 @@ typedef struct BackendOps {
     Status (*download)(Backend *, void *host, const void *device, size_t bytes) NODISCARD;
     Status (*copy)(Backend *, void *to, const void *from, size_t bytes) NODISCARD;
     Status (*zero)(Backend *, void *device, size_t bytes) NODISCARD;
-    Status (*synchronize)(Backend *) NODISCARD; // reports errors of anything before it
+    // Waits. Reports errors of anything before it, as download does.
+    Status (*synchronize)(Backend *) NODISCARD;
+    // Device memory that is free now, and all of it; both 0 where it is the machine's own memory.
+    Status (*memory)(Backend *, uint64_t *free_bytes, uint64_t *total_bytes) NODISCARD;
 
     size_t (*workspace_bytes)(Backend *, OpKind op, const void *args);
     void (*set_workspace)(Backend *, void *device, size_t bytes);
@@ -326,7 +329,8 @@ typedef struct BackendOps {
 
 struct Backend {
     const BackendOps *ops;
-    const char *name;    // "cpu", "cuda"
+    const char *name;        // "cpu", "cuda"
+    const char *device_name; // "CPU", "NVIDIA H200"
     DType compute_dtype; // weights and activations
     DType grad_dtype;    // weight gradients
     int num_threads;     // CPU threads it computes with

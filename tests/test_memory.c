@@ -42,11 +42,12 @@ START_TEST(training_takes_what_was_planned) {
     static ModelConfig config;
     Backend *backend;
     TensorSource *source;
-    MemoryPlan plan;
+    RunMemory memory;
     RunDir dir = {.lock_fd = -1};
     DatasetSpec spec = {.num_tokens = 20000, .num_shards = 1, .vocab_size = 257, .token_bytes = 2};
     ck_assert_ok(recipe_load(TEST_SOURCE_DIR "/recipes/quickstart_dense.ini", NULL, 0, &recipe));
     set("run.directory", test_directory());
+    set("run.device", "cpu");
     set("data.train", fixture_dataset("shards", &spec));
     set("data.valid", recipe.data_train);
     set("train.eval_sequences", "8");
@@ -55,9 +56,9 @@ START_TEST(training_takes_what_was_planned) {
 
     ck_assert_ok(prepare_backend(&recipe, &backend));
     ck_assert_ok(prepare_model(&recipe, backend, &dir, &config, &source));
-    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &plan));
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
     backend_destroy(backend);
-    double planned = (double)memory_plan_total(&plan), peak = (double)peak_of_training();
+    double planned = (double)memory_plan_total(&memory.machine), peak = (double)peak_of_training();
     printf("test_memory: planned %.1f MB, peak %.1f MB\n", planned / 1e6, peak / 1e6);
     // 10 %: what the documentation promises of --dry-run.
     ck_assert_double_le(peak, 1.1 * planned);

@@ -5,6 +5,7 @@
 #include "model/hf.h"
 #include "tests/random_source.h"
 #include "tests/shard_fixture.h"
+#include "train/device.h"
 #include "train/memory.h"
 #include "train/run.h"
 
@@ -51,6 +52,7 @@ static void set_up(void) {
     set("run.name=test");
     set("run.directory=%s", runs_path);
     set("run.threads=1");
+    set("run.device=cpu");
     set("model.source=%s", model_path);
     set("data.train=%s", make_shards("shards", VOCAB, NULL));
     set("data.sequence_length=%d", SEQUENCE);
@@ -95,8 +97,9 @@ START_TEST(refuses_bad_inputs) {
     ck_assert_ok(prepare_check_inputs(&recipe));
 
     set("run.device=cuda");
-    ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "no CUDA backend");
-    set("run.device=auto");
+    if (device_check(DEVICE_CUDA) != STATUS_OK) // what is missing depends on build and machine
+        ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "run.device = cuda: ");
+    set("run.device=cpu");
     set("lfuc.prune_layers=3"); // layers 1 to 4 hold two pairs
     ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "can prune at most 2");
     set("lfuc.prune_layers=1");
@@ -325,16 +328,60 @@ START_TEST(memory_plan_counts_the_training_state) {
     ModelConfig config = small_config(LAYERS);
     TensorTable table;
     Backend *backend;
-    MemoryPlan plan;
+    RunMemory memory;
     set_up();
     ck_assert_ok(prepare_backend(&recipe, &backend));
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &plan));
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
     // fp32 weights, gradients and two moments of every element of the arenas.
-    ck_assert_uint_eq(memory_training_state(&plan), 16 * (uint64_t)table.total);
-    ck_assert_uint_gt(memory_plan_total(&plan), memory_training_state(&plan) + memory_resident());
-    ck_assert_uint_gt(memory_of_machine(), memory_resident());
+    ck_assert_uint_eq(memory_training_state(&memory), 16 * (uint64_t)table.total);
+    ck_assert_uint_gt(memory_plan_total(&memory.machine),
+                      memory_training_state(&memory) + memory_resident());
+    ck_assert_uint_gt(memory.machine_bytes, memory_resident());
+    ck_assert(!memory.on_gpu && memory_fits(&memory));
     tensor_table_free(&table);
+    backend_destroy(backend);
+}
+END_TEST
+
+// A backend whose memory is not the machine's: the CPU's, as far as plans can tell.
+static uint64_t gpu_free;
+static Status gpu_memory(Backend *backend, uint64_t *free_bytes, uint64_t *total_bytes) {
+    (void)backend;
+    *free_bytes = gpu_free;
+    *total_bytes = UINT64_MAX;
+    return STATUS_OK;
+}
+
+START_TEST(a_gpu_must_have_room) {
+    ModelConfig config = small_config(LAYERS);
+    Backend *backend;
+    RunMemory memory;
+    set_up();
+    set("train.micro_batch=64");
+    set("train.global_batch=64");
+    ck_assert_ok(prepare_backend(&recipe, &backend));
+    BackendOps ops = *backend->ops;
+    ops.memory = gpu_memory;
+    backend->ops = &ops;
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
+    ck_assert(memory.on_gpu && !memory_fits(&memory)); // nothing is free yet
+    // Snapshot, data and program stay with the machine, and each item is in one place only.
+    for (int i = 0; i < memory.gpu.count; i++)
+        for (int j = 0; j < memory.machine.count; j++)
+            ck_assert_str_ne(memory.gpu.items[i].name, memory.machine.items[j].name);
+    ck_assert_uint_gt(memory_training_state(&memory), 0);
+    uint64_t all = memory_plan_total(&memory.gpu);
+    gpu_free = all;
+    ck_assert_ok(memory_check(&recipe, backend, &config));
+    gpu_free = all - 1;
+    ck_assert_fails(memory_check(&recipe, backend, &config), STATUS_USAGE, "activations");
+    ck_assert_msg(strstr(status_message(), "with train.micro_batch = 32: "), "%s",
+                  status_message());
+    gpu_free = 1000;
+    ck_assert_fails(memory_check(&recipe, backend, &config), STATUS_USAGE, "smaller model");
+    ck_assert_fails(memory_check_calibration(&recipe, backend, &config), STATUS_USAGE,
+                    "similarity measurement");
     backend_destroy(backend);
 }
 END_TEST
@@ -344,4 +391,5 @@ TEST_MAIN("prepare", TEST(refuses_bad_inputs), TEST(refuses_another_tokenizer),
           TEST(reads_several_sources), TEST(keeps_its_plan),
           TEST(changed_recipes_make_a_new_plan_until_trained), TEST(edited_and_given_plans_count),
           TEST(damaged_plans_are_refused), TEST(surgery_only_writes_the_fused_model),
-          TEST(stopping_early_fails_cleanly), TEST(memory_plan_counts_the_training_state))
+          TEST(stopping_early_fails_cleanly), TEST(memory_plan_counts_the_training_state),
+          TEST(a_gpu_must_have_room))

@@ -128,7 +128,7 @@ START_TEST(names_line_and_nearest) {
     } cases[] = {
         {"[run]\nsed = 1\n", "r.ini:2: unknown key 'sed' in [run]; did you mean 'seed'?"},
         {"[run]\n\n\nlr = 1\n", "r.ini:4: [run] has no key 'lr'; did you mean [optim] lr?"},
-        {"[run]\nwhatever_that_is = 1\n", "valid are name, directory, seed, device, threads"},
+        {"[run]\nwhatever_that_is = 1\n", "valid are name, directory, seed, device, gpu_precision"},
         {"[trian]\n", "r.ini:1: unknown section [trian]; did you mean [train]?"},
         {"[completely_else]\n", "valid are [run], [model], [data]"},
         {"\n[run]\nseed = 1\nname = a\nseed = 2\n",

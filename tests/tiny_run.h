@@ -39,6 +39,7 @@ static Recipe tiny_recipe_(const char *name) {
     tiny_set(&r, "run.name=%s", name);
     tiny_set(&r, "run.directory=%s", tiny_runs_);
     tiny_set(&r, "run.threads=1");
+    tiny_set(&r, "run.device=cpu");
     tiny_set(&r, "data.train=%s", tiny_train_);
     tiny_set(&r, "data.valid=%s", tiny_valid_);
     tiny_set(&r, "data.sequence_length=16");

@@ -142,87 +142,80 @@ static Status print_parameters(const DryRun *dry) {
 
 // --- Memory ------------------------------------------------------------------------------------
 
-static void print_memory_plan(const MemoryPlan *plan) {
+static void print_plan_items(const MemoryPlan *plan, uint64_t bytes, const char *of) {
     char text[BYTES_TEXT_SIZE];
     for (int i = 0; i < plan->count; i++)
         printf("  %-22s %9s\n", plan->items[i].name, bytes_text(plan->items[i].bytes, text));
-    printf("  %-22s %9s\n", "total", bytes_text(memory_plan_total(plan), text));
+    printf("  %-22s %9s", "total", bytes_text(memory_plan_total(plan), text));
+    printf(" of %s %s\n", bytes_text(bytes, text), of);
 }
 
-// Memory of a changed recipe; 0 when the change is not possible. The blocks stay as they are.
-static uint64_t memory_of_variant(const DryRun *dry, const Recipe *variant) {
-    MemoryPlan memory;
-    DryRun *other = malloc(sizeof *other);
-    uint64_t bytes = 0;
-    if (!other) return 0;
-    *other = *dry;
-    other->plan.num_experts = (int)variant->lfuc_num_experts;
-    other->plan.follower_copies = (int)variant->lfuc_follower_copies;
-    Status status = recipe_check(variant);
-    if (status == STATUS_OK && variant->lfuc_enabled)
-        status = fusion_target_config(&other->plan, &other->seed, &other->config);
-    if (status == STATUS_OK)
-        status = run_memory_plan(variant, dry->backend, &other->config, &memory);
-    if (status == STATUS_OK)
-        bytes = memory_plan_total(&memory);
-    else
-        status_clear();
-    free(other);
-    return bytes;
-}
-
-static bool print_if_fits(const DryRun *dry, const Recipe *variant, const char *change,
-                          uint64_t machine) {
-    char text[BYTES_TEXT_SIZE];
-    uint64_t bytes = memory_of_variant(dry, variant);
-    if (bytes == 0 || bytes > machine) return false;
-    printf("  with %s: %s\n", change, bytes_text(bytes, text));
-    return true;
-}
-
-// Tries what a user can change, from what costs least to what changes the model.
-static void print_what_fits(const DryRun *dry, uint64_t machine) {
-    Recipe variant = *dry->recipe;
-    char change[160];
-    variant.train_micro_batch = 1;
-    if (print_if_fits(dry, &variant, "train.micro_batch = 1", machine)) return;
-    snprintf(variant.train_recompute, sizeof variant.train_recompute, "layer");
-    if (print_if_fits(dry, &variant, "train.micro_batch = 1, train.recompute = layer", machine))
-        return;
-    if (dry->recipe->lfuc_enabled && !dry->recipe->lfuc_plan[0]) {
-        variant.lfuc_follower_copies = 1;
-        for (variant.lfuc_num_experts--; variant.lfuc_num_experts >= 2;
-             variant.lfuc_num_experts--) {
-            snprintf(change, sizeof change,
-                     "train.micro_batch = 1, train.recompute = layer, lfuc.num_experts = %" PRId64
-                     ", lfuc.follower_copies = 1",
-                     variant.lfuc_num_experts);
-            if (print_if_fits(dry, &variant, change, machine)) return;
-        }
+static void print_memory_plan(const RunMemory *memory, const char *of_what) {
+    char of[300];
+    printf("\nmemory of %s\n", of_what);
+    if (memory->on_gpu) {
+        snprintf(of, sizeof of, "free on the GPU (%s)", memory->device_name);
+        print_plan_items(&memory->gpu, memory->gpu_bytes, of);
     }
-    printf("  no change of micro_batch, recompute or num_experts makes it fit\n");
+    print_plan_items(&memory->machine, memory->machine_bytes, "of this machine");
+}
+
+// Fewer experts change the model: the last resort. The blocks stay as they are.
+static bool variant_with_experts(const DryRun *dry, Recipe *variant, char change[MEMORY_CHANGE_MAX],
+                                 RunMemory *memory) {
+    if (!dry->recipe->lfuc_enabled || dry->recipe->lfuc_plan[0]) return false;
+    DryRun *other = malloc(sizeof *other);
+    bool found = false;
+    if (!other) return false;
+    *other = *dry;
+    variant->lfuc_follower_copies = other->plan.follower_copies = 1;
+    for (int experts = other->plan.num_experts - 1; experts >= 2 && !found; experts--) {
+        variant->lfuc_num_experts = other->plan.num_experts = experts;
+        snprintf(change, MEMORY_CHANGE_MAX,
+                 "train.micro_batch = 1, train.recompute = layer, lfuc.num_experts = %d, "
+                 "lfuc.follower_copies = 1",
+                 experts);
+        Status status = recipe_check(variant);
+        if (status == STATUS_OK)
+            status = fusion_target_config(&other->plan, &other->seed, &other->config);
+        if (status == STATUS_OK)
+            status = run_memory_plan(variant, dry->backend, &other->config, memory);
+        if (status != STATUS_OK) status_clear();
+        found = status == STATUS_OK && memory_fits(memory);
+    }
+    free(other);
+    return found;
+}
+
+static void print_what_fits(const DryRun *dry) {
+    Recipe variant = *dry->recipe;
+    RunMemory memory;
+    char change[MEMORY_CHANGE_MAX], text[BYTES_TEXT_SIZE];
+    if (!memory_variant(&variant, dry->backend, &dry->config, change, &memory) &&
+        !variant_with_experts(dry, &variant, change, &memory)) {
+        printf("  no change of micro_batch, recompute or num_experts makes it fit\n");
+        return;
+    }
+    const MemoryPlan *plan = memory.on_gpu ? &memory.gpu : &memory.machine;
+    printf("  with %s: %s\n", change, bytes_text(memory_plan_total(plan), text));
 }
 
 static Status print_memory(const DryRun *dry) {
     const Recipe *recipe = dry->recipe;
-    char text[BYTES_TEXT_SIZE], limit[BYTES_TEXT_SIZE];
-    MemoryPlan training, calibration = {0};
+    char text[BYTES_TEXT_SIZE];
+    RunMemory training, calibration;
     TRY(run_memory_plan(recipe, dry->backend, &dry->config, &training));
-    printf("\nmemory of training (%s)\n", dry->backend->name);
-    print_memory_plan(&training);
+    print_memory_plan(&training, "training");
     printf("  training state (parameters, gradients, AdamW moments): %s\n",
            bytes_text(memory_training_state(&training), text));
+    bool fits = memory_fits(&training);
     if (recipe->lfuc_enabled && dry->origin == PLAN_TO_MEASURE) {
         TRY(calibration_memory_plan(recipe, dry->backend, &dry->seed, &calibration));
-        printf("\nmemory of the calibration, given back before training\n");
-        print_memory_plan(&calibration);
+        print_memory_plan(&calibration, "the calibration, given back before training");
+        fits = fits && memory_fits(&calibration);
     }
-    uint64_t need = memory_plan_total(&training), machine = memory_of_machine();
-    if (memory_plan_total(&calibration) > need) need = memory_plan_total(&calibration);
-    bool fits = need <= machine;
-    printf("\n%s: %s needed, this machine has %s\n", fits ? "fits" : "DOES NOT FIT",
-           bytes_text(need, text), bytes_text(machine, limit));
-    if (!fits) print_what_fits(dry, machine);
+    printf("\n%s\n", fits ? "fits" : "DOES NOT FIT");
+    if (!fits) print_what_fits(dry);
     return STATUS_OK;
 }
 

@@ -9,12 +9,15 @@
 #include <string.h>
 #include "base/log.h"
 #include "data/loader.h"
+#include "train/device.h"
 #include "train/evaluate.h"
+#include "train/recipe.h"
 #include "train/router_stats.h"
 
 typedef struct Arguments {
     const char *model, *data, *text, *tokenizer;
     int64_t sequence_length, sequences, batch, threads;
+    int device;
     bool json, help, version;
 } Arguments;
 
@@ -33,6 +36,7 @@ static const char usage_text[] =
     "  --sequence-length N    tokens per window; windows do not overlap (default 1024)\n"
     "  --sequences N          windows, spread evenly over the data (default 0: all)\n"
     "  --batch N              windows per forward pass (default 4)\n"
+    "  --device auto|cpu|cuda what to compute on (default auto: a GPU where there is one)\n"
     "  --threads N            CPU threads (default 0: OMP_NUM_THREADS or all available)\n"
     "  --json                 print one JSON object\n"
     "  --help, --version\n";
@@ -45,6 +49,7 @@ static const struct option options[] = {
     {"sequence-length", required_argument, NULL, 's'},
     {"sequences", required_argument, NULL, 'n'},
     {"batch", required_argument, NULL, 'b'},
+    {"device", required_argument, NULL, 'g'},
     {"threads", required_argument, NULL, 'p'},
     {"json", no_argument, NULL, 'j'},
     {"help", no_argument, NULL, 'h'},
@@ -63,6 +68,15 @@ static Status read_number(const char *option, int64_t min, int64_t max, int64_t 
              optarg, min, max);
     *out = value;
     return STATUS_OK;
+}
+
+static Status read_device(int *out) {
+    static const char *const names[] = {"auto", "cpu", "cuda"}; // as DEVICE_*
+    for (int i = 0; i < 3; i++) {
+        *out = i;
+        if (strcmp(optarg, names[i]) == 0) return device_check(i);
+    }
+    FAIL(STATUS_USAGE, "--device %.32s: expected auto, cpu or cuda", optarg);
 }
 
 static Status read_option(int option, Arguments *arguments) {
@@ -85,6 +99,8 @@ static Status read_option(int option, Arguments *arguments) {
         return read_number("--sequences", 0, 1 << 24, &arguments->sequences);
     case 'b':
         return read_number("--batch", 1, 1 << 16, &arguments->batch);
+    case 'g':
+        return read_device(&arguments->device);
     case 'p':
         return read_number("--threads", 0, 1024, &arguments->threads);
     case 'j':
@@ -222,7 +238,8 @@ static Status measure_and_print(const Arguments *arguments, const EvalModel *fro
                                 const char *shards) {
     Backend *backend = NULL;
     ModelSums sums = {0};
-    TRY(backend_cpu((int)arguments->threads, &backend));
+    DeviceOptions device = {.choice = arguments->device, .threads = (int)arguments->threads};
+    TRY(device_open(&device, &backend));
     Status status = measure(arguments, from, shards, backend, &sums);
     backend_destroy(backend);
     if (status == STATUS_OK && arguments->json)
@@ -273,7 +290,7 @@ int main(int argc, char **argv) {
     if (arguments.help)
         fputs(usage_text, stdout);
     else if (arguments.version)
-        printf("dense2moe evaluate %s (backends: cpu)\n", D2M_VERSION);
+        printf("dense2moe evaluate %s (backends: %s)\n", D2M_VERSION, device_backends());
     else
         status = evaluate(&arguments);
     return status == STATUS_OK ? 0 : status_report(status, "evaluate");

@@ -1,14 +1,22 @@
 // The memory plan of a run: each room says what it will allocate; this file adds what no room
 // allocates itself (program, libraries, BLAS buffers) and knows the machine.
+//
+// A GPU has memory of its own, and a run that asks for more of it than there is fails at once and
+// for sure, so it is refused before it starts. The machine's memory can be overcommitted, shared
+// and swapped; there a run is only warned.
 #include "train/memory.h"
 
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 #include "base/log.h"
 #include "model/similarity.h"
 #include "train/checkpoint.h"
+
+// What the GPU libraries load when an op first runs: code, tables, plans of attention.
+enum { GPU_LIBRARIES_BYTES = 256 << 20 };
 
 // The number in a one-number file like memory.max; UINT64_MAX when there is none ("max").
 static uint64_t read_limit(const char *path) {
@@ -40,8 +48,10 @@ uint64_t memory_resident(void) {
     return resident * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-uint64_t memory_training_state(const MemoryPlan *plan) {
-    static const char *const state[] = {"parameters", "gradients", "optimizer state"};
+uint64_t memory_training_state(const RunMemory *memory) {
+    static const char *const state[] = {"parameters", "master weights", "gradients",
+                                        "optimizer state"};
+    const MemoryPlan *plan = memory->on_gpu ? &memory->gpu : &memory->machine;
     uint64_t bytes = 0;
     for (int i = 0; i < plan->count; i++)
         for (size_t j = 0; j < sizeof state / sizeof state[0]; j++)
@@ -49,46 +59,143 @@ uint64_t memory_training_state(const MemoryPlan *plan) {
     return bytes;
 }
 
+// --- Plans ---------------------------------------------------------------------------------------
+
+// Where the backend's allocations go; limits, and what is there already.
+static Status begin_plan(Backend *backend, RunMemory *out, MemoryPlan **device) {
+    uint64_t total;
+    *out = (RunMemory){.machine_bytes = memory_of_machine(), .device_name = backend->device_name};
+    TRY(backend->ops->memory(backend, &out->gpu_bytes, &total));
+    out->on_gpu = total > 0;
+    *device = out->on_gpu ? &out->gpu : &out->machine;
+    if (out->on_gpu) TRY(memory_plan_add(&out->gpu, "GPU libraries", GPU_LIBRARIES_BYTES));
+    return memory_plan_add(&out->machine, "program and libraries", memory_resident());
+}
+
 Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
-                       MemoryPlan *out) {
+                       RunMemory *out) {
     ModelOptions options;
     DataConfig data;
     TensorTable table;
+    MemoryPlan *device;
     Status status = STATUS_OK;
-    *out = (MemoryPlan){0};
+    TRY(begin_plan(backend, out, &device));
     TRY(prepare_model_options(recipe, true, &options));
     TRY(prepare_train_data(recipe, config, &data));
-    TRY(model_plan(backend, config, &options, out));
+    TRY(model_plan(backend, config, &options, device));
     TRY(tensor_table_build(config, &table));
-    TRY_GOTO(optimizer_plan(&table, out), done);
-    TRY_GOTO(checkpoint_plan(&table, out), done);
-    TRY_GOTO(loader_plan(&data.loader, out), done);
-    TRY_GOTO(memory_plan_add(out, "program and libraries", memory_resident()), done);
+    TRY_GOTO(optimizer_plan(&table, device), done);
+    TRY_GOTO(checkpoint_plan(&table, &out->machine), done);
+    TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:
     tensor_table_free(&table);
     return status;
 }
 
 Status calibration_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *seed,
-                               MemoryPlan *out) {
+                               RunMemory *out) {
     ModelOptions options;
-    *out = (MemoryPlan){0};
+    MemoryPlan *device;
+    TRY(begin_plan(backend, out, &device));
     TRY(prepare_model_options(recipe, false, &options));
-    TRY(model_plan(backend, seed, &options, out));
-    TRY(memory_plan_add(
-        out, "similarity",
-        similarity_bytes(seed, &options, backend->compute_dtype, (int)recipe->lfuc_max_block)));
-    return memory_plan_add(out, "program and libraries", memory_resident());
+    TRY(model_plan(backend, seed, &options, device));
+    return memory_plan_add(
+        device, "similarity",
+        similarity_bytes(seed, &options, backend->compute_dtype, (int)recipe->lfuc_max_block));
 }
 
-Status memory_warn(const Recipe *recipe, Backend *backend, const ModelConfig *config) {
-    MemoryPlan plan;
+static bool gpu_suffices(const RunMemory *memory) {
+    return !memory->on_gpu || memory_plan_total(&memory->gpu) <= memory->gpu_bytes;
+}
+
+bool memory_fits(const RunMemory *memory) {
+    return memory_plan_total(&memory->machine) <= memory->machine_bytes && gpu_suffices(memory);
+}
+
+// --- What to change ------------------------------------------------------------------------------
+
+// True when the variant fits; false when it does not or is no valid recipe.
+static bool variant_fits(const Recipe *variant, Backend *backend, const ModelConfig *config,
+                         RunMemory *memory) {
+    Status status = recipe_check(variant);
+    if (status == STATUS_OK) status = run_memory_plan(variant, backend, config, memory);
+    if (status == STATUS_OK) return memory_fits(memory);
+    status_clear();
+    return false;
+}
+
+bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config,
+                    char change[MEMORY_CHANGE_MAX], RunMemory *memory) {
+    const int64_t micro_batch = variant->train_micro_batch;
+    for (int layer = 0; layer < 2; layer++) {
+        if (layer) snprintf(variant->train_recompute, sizeof variant->train_recompute, "layer");
+        for (int64_t b = layer ? micro_batch : micro_batch / 2; b >= 1; b /= 2) {
+            variant->train_micro_batch = b;
+            snprintf(change, MEMORY_CHANGE_MAX, "train.micro_batch = %" PRId64 "%s", b,
+                     layer ? ", train.recompute = layer" : "");
+            if (variant_fits(variant, backend, config, memory)) return true;
+        }
+    }
+    return false;
+}
+
+// --- Before a run --------------------------------------------------------------------------------
+
+typedef struct Text {
+    char text[STATUS_TEXT_MAX];
+    size_t used;
+} Text;
+
+__attribute__((format(printf, 2, 3))) static void add_text(Text *t, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    size_t room = sizeof t->text - t->used;
+    int length = vsnprintf(t->text + t->used, room, format, arguments);
+    va_end(arguments);
+    if (length > 0) t->used += (size_t)length < room ? (size_t)length : room - 1;
+}
+
+// The GPU's table, and how much `what` lacks.
+static void add_table(Text *t, const RunMemory *memory, const char *what) {
+    const MemoryPlan *plan = &memory->gpu;
     char need[BYTES_TEXT_SIZE], have[BYTES_TEXT_SIZE];
-    TRY(run_memory_plan(recipe, backend, config, &plan));
-    uint64_t machine = memory_of_machine();
-    if (memory_plan_total(&plan) > machine)
-        log_warn("training needs about %s, this machine has %s; the system may kill it (train "
-                 "--dry-run says what to change)",
-                 bytes_text(memory_plan_total(&plan), need), bytes_text(machine, have));
-    return STATUS_OK;
+    add_text(t, "%s needs %s of GPU memory, of %s there are %s free:", what,
+             bytes_text(memory_plan_total(plan), need), memory->device_name,
+             bytes_text(memory->gpu_bytes, have));
+    for (int i = 0; i < plan->count; i++)
+        add_text(t, "\n    %-20s %9s", plan->items[i].name, bytes_text(plan->items[i].bytes, need));
+}
+
+static void warn_machine(const RunMemory *memory) {
+    char need[BYTES_TEXT_SIZE], have[BYTES_TEXT_SIZE];
+    if (memory_plan_total(&memory->machine) <= memory->machine_bytes) return;
+    log_warn("training needs about %s, this machine has %s; the system may kill it (train "
+             "--dry-run says what to change)",
+             bytes_text(memory_plan_total(&memory->machine), need),
+             bytes_text(memory->machine_bytes, have));
+}
+
+Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config) {
+    RunMemory memory, smaller;
+    char change[MEMORY_CHANGE_MAX], need[BYTES_TEXT_SIZE];
+    Recipe variant = *recipe;
+    Text t = {.used = 0};
+    TRY(run_memory_plan(recipe, backend, config, &memory));
+    warn_machine(&memory);
+    if (gpu_suffices(&memory)) return STATUS_OK;
+    add_table(&t, &memory, "training");
+    if (memory_variant(&variant, backend, config, change, &smaller))
+        add_text(&t, "\nwith %s: %s", change, bytes_text(memory_plan_total(&smaller.gpu), need));
+    else
+        add_text(&t, "\nno micro_batch or recompute makes it fit; train a smaller model");
+    FAIL(STATUS_USAGE, "%s", t.text);
+}
+
+Status memory_check_calibration(const Recipe *recipe, Backend *backend, const ModelConfig *seed) {
+    RunMemory memory;
+    Text t = {.used = 0};
+    TRY(calibration_memory_plan(recipe, backend, seed, &memory));
+    if (gpu_suffices(&memory)) return STATUS_OK;
+    add_table(&t, &memory, "the similarity measurement");
+    FAIL(STATUS_USAGE, "%s\nlower train.micro_batch or data.sequence_length", t.text);
 }

@@ -1,24 +1,47 @@
-// What a run will take from the machine, and what the machine has.
+// What a run will take from the machine and from its GPU, and what they have.
 #ifndef TRAIN_MEMORY_H
 #define TRAIN_MEMORY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include "train/run.h"
+
+// Two plans, for two memories. Without a GPU everything is in `machine`.
+typedef struct RunMemory {
+    MemoryPlan machine, gpu;
+    uint64_t machine_bytes; // this process may use
+    uint64_t gpu_bytes;     // are free
+    bool on_gpu;
+    const char *device_name;
+} RunMemory;
 
 // Memory that this process may use: the machine's, or its control group's limit when that is lower.
 uint64_t memory_of_machine(void);
 // Resident memory of this process now.
 uint64_t memory_resident(void);
 
+// The whole of a training run.
+Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+                       RunMemory *out) NODISCARD;
 // The calibration that comes before training when the plan has to be measured; its memory is given
 // back before training takes its own.
 Status calibration_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *seed,
-                               MemoryPlan *out) NODISCARD;
+                               RunMemory *out) NODISCARD;
+bool memory_fits(const RunMemory *memory);
+// Bytes of the items that make up the training state: weights, gradients, AdamW's moments.
+uint64_t memory_training_state(const RunMemory *memory);
 
-// Bytes of the plan's items that make up the training state: weights, gradients, AdamW's moments.
-uint64_t memory_training_state(const MemoryPlan *plan);
+// Tries what costs least first: a smaller micro-batch, then recomputing layers. True when one fits:
+// `variant` (in: the recipe), `change` and `memory` say which. The model stays as it is.
+enum { MEMORY_CHANGE_MAX = 160 };
+bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config,
+                    char change[MEMORY_CHANGE_MAX], RunMemory *memory);
 
-// Warns when the run will take more than there is; the system would kill it later, without a word.
-Status memory_warn(const Recipe *recipe, Backend *backend, const ModelConfig *config) NODISCARD;
+// Before training takes its memory. Refuses what the GPU has no room for, with the table and what
+// to change; warns where the machine has too little, since the system would kill the run later,
+// without a word.
+Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config) NODISCARD;
+Status memory_check_calibration(const Recipe *recipe, Backend *backend,
+                                const ModelConfig *seed) NODISCARD;
 
 #endif

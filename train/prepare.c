@@ -9,21 +9,18 @@
 #include <string.h>
 #include "base/file.h"
 #include "base/log.h"
+#include "train/device.h"
 #include "train/recipe_lists.h"
 
 enum { CONFIG_JSON_MAX = 16 << 20 };
 
 // --- Backend and options --------------------------------------------------------------------
 
-static Status check_device(const Recipe *recipe) {
-    if (recipe->run_device == DEVICE_CUDA)
-        FAIL(STATUS_USAGE, "run.device = cuda: this build has no CUDA backend; use --device cpu");
-    return STATUS_OK;
-}
-
 Status prepare_backend(const Recipe *recipe, Backend **out) {
-    TRY(check_device(recipe));
-    return backend_cpu((int)recipe->run_threads, out);
+    DeviceOptions options = {.choice = recipe->run_device,
+                             .threads = (int)recipe->run_threads,
+                             .fp32 = recipe->run_gpu_precision == PRECISION_FP32};
+    return device_open(&options, out);
 }
 
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) {
@@ -182,7 +179,7 @@ static Status check_inputs(const Recipe *recipe, bool with_data) {
     TensorSource *source = NULL;
     Status status = STATUS_OK;
     if (!seed || !plan) FAIL_GOTO(done, STATUS_INTERNAL, "no memory for the model's shape");
-    TRY_GOTO(check_device(recipe), done);
+    TRY_GOTO(device_check(recipe->run_device), done);
     TRY_GOTO(prepare_seed_config(recipe, seed), done);
     if (recipe->lfuc_enabled && plan_is_given(recipe))
         TRY_GOTO(plan_from_recipe(recipe, seed, plan), done);

@@ -13,6 +13,7 @@
 #include <string.h>
 #include "base/file.h"
 #include "base/log.h"
+#include "train/memory.h"
 #include "train/prepare.h"
 #include "train/recipe_parse.h"
 
@@ -231,6 +232,7 @@ static Status measure(const Recipe *recipe, Backend *backend, TensorSource *seed
     Status status = STATUS_OK;
     TRY(prepare_train_data(recipe, seed->config, &data));
     TRY(prepare_model_options(recipe, false, &options));
+    TRY(memory_check_calibration(recipe, backend, seed->config));
     TRY_GOTO(fixed_pass_open(&data.loader, calibration.sequences, &calibration.pass), done);
     log_info("similarity: %" PRId64 " sequences of %" PRId64 " tokens through the dense model",
              calibration.sequences, options.sequence_length);

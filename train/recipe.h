@@ -35,6 +35,7 @@ typedef struct Recipe {
 
 // Values of the PICK settings, in the order of settings.def.
 enum { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
+enum { PRECISION_BF16, PRECISION_FP32 };
 enum { LFUC_THRESHOLD, LFUC_BUDGET, LFUC_MANUAL, LFUC_LATENCY, LFUC_LOSS };
 enum { ELSEWHERE_COPIES, ELSEWHERE_DENSE };
 enum { GATE_SCALE_ONE, GATE_SCALE_EXPERTS_OVER_K };

@@ -24,12 +24,19 @@ static void report_if_due(Trainer *t) {
     if (last || t->state.step % t->recipe->train_log_every == 0) report_interval(t);
 }
 
+// What the device reports names the op and the token; this names the step.
+static Status one_step(Trainer *t) {
+    Status status = train_step(t);
+    if (status != STATUS_INTERNAL && status != STATUS_BAD_DATA) return status;
+    return status_prefix(status, "step %" PRId64 ": ", t->state.step + 1);
+}
+
 static Status train_loop(Trainer *t) {
     for (;;) {
         TRY(evaluate_if_due(t));
         if (stop_requested() || t->state.step >= t->total_steps) return STATUS_OK;
         TRY(save_if_due(t));
-        TRY(train_step(t));
+        TRY(one_step(t));
         report_if_due(t);
         TRY(save_collect(t, false));
     }

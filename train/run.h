@@ -56,9 +56,6 @@ Status prepare_only(const Recipe *recipe, StopAfter stop) NODISCARD;
 
 // Prints recipe, plan, parameters, memory per item, tokens and steps to stdout.
 Status dry_run(const Recipe *recipe) NODISCARD;
-// The whole memory plan of a training run.
-Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
-                       MemoryPlan *out) NODISCARD;
 
 // --- run.c: everything from the lock to the export -----------------------------------------------
 

@@ -93,6 +93,7 @@ static Status write_resolved_recipe(const Trainer *t) {
 
 static void say_what_starts(const Trainer *t) {
     const TensorTable *table = &t->model->table;
+    log_info("device: %s, %s", t->backend->device_name, dtype_name(t->backend->compute_dtype));
     log_info("model: %d layers, %.4g M parameters, %.4g M active per token", t->config.num_layers,
              (double)table->parameters / 1e6, (double)table->active_parameters / 1e6);
     if (t->resume_state)
@@ -115,7 +116,7 @@ Status trainer_open(Trainer *t) {
     TRY_GOTO(open_state(t), done);
     TRY_GOTO(open_data(t), done);
     TRY_GOTO(resume_check_data(t), done);
-    TRY_GOTO(memory_warn(r, t->backend, &t->config), done);
+    TRY_GOTO(memory_check(r, t->backend, &t->config), done);
     TRY_GOTO(open_model(t, source), done);
     TRY_GOTO(resume_set_aside(t), done);
     TRY_GOTO(open_checkpoints(t), done);

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/status.h"
+#include "train/device.h"
 #include "train/recipe.h"
 #include "train/recipe_table.h"
 #include "train/run.h"
@@ -29,7 +30,7 @@ static const char usage_text[] =
     "come\n"
     "                           with the program\n"
     "  --set section.key=value  overrides the recipe; may be repeated\n"
-    "  --device cpu|cuda        the same as --set run.device=...\n"
+    "  --device auto|cpu|cuda   the same as --set run.device=...\n"
     "  --resume auto            continue from the newest checkpoint, if there is one (default)\n"
     "  --resume never           start from the beginning; older checkpoints are set aside\n"
     "  --resume DIR             continue from this checkpoint or this run's newest one\n"
@@ -79,7 +80,8 @@ static Status read_option(int option, Arguments *arguments) {
         arguments->overrides[arguments->num_overrides++] = optarg;
         break;
     case 'd':
-        if (strlen(optarg) > 16) FAIL(STATUS_USAGE, "--device %.32s: expected cpu or cuda", optarg);
+        if (strlen(optarg) > 16)
+            FAIL(STATUS_USAGE, "--device %.32s: expected auto, cpu or cuda", optarg);
         snprintf(arguments->device, sizeof arguments->device, "run.device=%s", optarg);
         break;
     case 'c':
@@ -162,7 +164,7 @@ int main(int argc, char **argv) {
         fputs(usage_text, stdout);
         recipe_print_help(stdout);
     } else if (arguments.version) {
-        printf("dense2moe train %s (backends: cpu)\n", D2M_VERSION);
+        printf("dense2moe train %s (backends: %s)\n", D2M_VERSION, device_backends());
     } else if (arguments.markdown) {
         recipe_print_markdown(stdout);
     } else {

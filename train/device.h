@@ -1,0 +1,20 @@
+// What a program computes on: `auto`, `cpu` or `cuda` (DEVICE_* of train/recipe.h) to a backend.
+#ifndef TRAIN_DEVICE_H
+#define TRAIN_DEVICE_H
+
+#include <stdbool.h>
+#include "model/backend.h"
+
+typedef struct DeviceOptions {
+    int choice;  // DEVICE_*
+    int threads; // of the CPU backend, as for backend_cpu
+    bool fp32;   // on a GPU: fp32 instead of bf16
+} DeviceOptions;
+
+// "cpu", or "cpu, cuda": what this build has.
+const char *device_backends(void);
+// Fails when the choice is not possible. Opens nothing, so it can be asked before all else.
+Status device_check(int choice) NODISCARD;
+Status device_open(const DeviceOptions *options, Backend **out) NODISCARD;
+
+#endif
