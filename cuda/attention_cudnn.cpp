@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <memory>
 #include <unordered_map>
+#include <algorithm>
 #include <utility>
 #define CUDNN_FRONTEND_SKIP_JSON_LIB // serialized plans are not used
 #include <cudnn_frontend.h>
@@ -29,6 +30,8 @@ namespace fe = cudnn_frontend;
 using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
 
 static constexpr int64_t DP_BYTES_MAX = 512 << 20;
+// A single very long sequence would need tens of gigabytes of dP; the own kernels need none.
+static constexpr size_t WORKSPACE_BYTES_MAX = (size_t)2 << 30;
 enum { PLANS_MAX = 64 };
 // What is bound to memory when a plan runs.
 enum Operand { Q = 1, K, V, OUT, STATS, DOUT, DQ, DK, DV };
@@ -209,6 +212,7 @@ static bool find_cut(const CudaBackend *backend, const AttentionArgs *args, bool
         args->batch * args->sequence_length == 0)
         return false;
     const int64_t step = chunk_step(args);
+    available = std::min(available, WORKSPACE_BYTES_MAX);
     for (int64_t size = chunk_size(args, backward); size > 0; size = size / 2 / step * step) {
         cut->plan = find_plan(backend->attention, args, size, backward);
         if (!cut->plan.graph) return false;
