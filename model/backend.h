@@ -331,9 +331,9 @@ struct Backend {
     const BackendOps *ops;
     const char *name;        // "cpu", "cuda"
     const char *device_name; // "CPU", "NVIDIA H200"
-    DType compute_dtype; // weights and activations
-    DType grad_dtype;    // weight gradients
-    int num_threads;     // CPU threads it computes with
+    DType compute_dtype;     // weights and activations
+    DType grad_dtype;        // weight gradients
+    int num_threads;         // CPU threads it computes with
     // followed by the backend's own state
 };
 

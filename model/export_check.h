@@ -8,10 +8,10 @@
 //     (to 1e-5 of the largest: another address may change the order of a GPU's sums).
 //  2. The directory must be close to the trained model itself: the median over positions of
 //     |difference| / |logits - their mean| is at most 0.5 for 16-bit weights, in the files or on
-//     the backend, and 1e-3 for fp32 (folding gate_scale into down_proj rounds once more). Rounding to bf16 gives about 0.01 in a
-//     dense model, but up to 0.1 in small random models with top-1 experts, where a token that
-//     changes its expert is far off without any fault, and others see it through attention; a
-//     matrix missing, transposed or badly scaled gives 1 and more.
+//     the backend, and 1e-3 for fp32 (folding gate_scale into down_proj rounds once more). Rounding
+//     to bf16 gives about 0.01 in a dense model, but up to 0.1 in small random models with top-1
+//     experts, where a token that changes its expert is far off without any fault, and others see
+//     it through attention; a matrix missing, transposed or badly scaled gives 1 and more.
 // Models compute on `trained`'s backend, one inference model beside it at a time; afterwards the
 // backend's workspace is unset until the next forward of `trained`.
 #ifndef MODEL_EXPORT_CHECK_H
