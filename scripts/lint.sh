@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh --dev
 
-mapfile -t c_files < <(git ls-files '*.c' '*.h')
+mapfile -t c_files < <(git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
 mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
 
 if [ "${1:-}" = "--fix" ]; then

@@ -42,3 +42,12 @@ if ! cmp -s scripts/requirements.txt .venv/requirements.stamp; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -r scripts/requirements.txt
     cp scripts/requirements.txt .venv/requirements.stamp
 fi
+
+# With CUDA on the machine: the headers of cuDNN's frontend (attention). Its Python dependencies are
+# large and not needed.
+if [ -x "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" ] &&
+    ! .venv/bin/python -m pip show -q nvidia-cudnn-frontend 2>/dev/null; then
+    echo "setup: adding cuDNN's frontend headers"
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+        nvidia-cudnn-frontend==1.32.0
+fi
