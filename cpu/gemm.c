@@ -1,12 +1,16 @@
 #include "cpu/gemm.h"
 #include <cblas.h>
 #include <math.h>
+#include <omp.h>
 #include "cpu/cpu.h"
 
 static void gemm(CBLAS_TRANSPOSE trans_a, CBLAS_TRANSPOSE trans_b, int64_t m, int64_t n, int64_t k,
                  float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
                  float *c, int64_t ldc) {
     if (m == 0 || n == 0) return;
+    // OpenBLAS on OpenMP asks this, and otherwise starts its own team where ours has one thread.
+    // Holds for the calling thread's part of the parallel region only.
+    omp_set_num_threads(1);
     cblas_sgemm(CblasRowMajor, trans_a, trans_b, (blasint)m, (blasint)n, (blasint)k, alpha, a,
                 (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
 }
@@ -27,7 +31,9 @@ void gemm_tn(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64
 }
 
 void gemm_use_one_thread(void) {
+    const int before = omp_get_max_threads(); // which OpenBLAS on OpenMP overwrites
     openblas_set_num_threads(1);
+    omp_set_num_threads(before);
 }
 
 // OpenBLAS copies both operands of a product into packed panels. A tile of r x c outputs packs r +

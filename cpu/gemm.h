@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-// c (m, n) = alpha·a·b + beta·c; with beta = 0, c is not read.
+// c (m, n) = alpha·a·b + beta·c; with beta = 0, c is not read. To be called in a parallel region.
 // nt: a (m, k), b (n, k) transposed    nn: a (m, k), b (k, n)    tn: a (k, m) transposed, b (k, n)
 // Sizes may be 0: an empty product is 0.
 void gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
