@@ -104,6 +104,7 @@ template <typename G, typename C> static void launch(const AdamwArgs *args, cuda
 
 Status cuda_adamw(Backend *base, const AdamwArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "adamw";
     INVARIANT(args->grad_dtype != DTYPE_F16 && (!args->copy || args->copy_dtype != DTYPE_F16));
     if (args->count == 0) return STATUS_OK;
     DISPATCH_DTYPE(args->grad_dtype, G, {

@@ -136,11 +136,23 @@ static Status synchronize(Backend *base) {
          (int)(uint32_t)word, INT32_MAX - (int)(word >> 32 & INT32_MAX));
 }
 
-// A copy from ordinary memory is staged by the runtime before the call returns; from page-locked
-// memory it is asynchronous, so wait: the caller may reuse it at once.
+static Status upload_staged(CudaBackend *b, void *device, const void *host, size_t bytes) {
+    Staging *staging = &b->staging;
+    char *piece = staging->memory + (size_t)staging->next * STAGING_BYTES;
+    cudaEvent_t sent = staging->sent[staging->next];
+    staging->next = (staging->next + 1) % STAGING_PIECES;
+    CUDA_TRY(b, cudaEventSynchronize(sent));
+    memcpy(piece, host, bytes);
+    CUDA_TRY(b, cudaMemcpyAsync(device, piece, bytes, cudaMemcpyHostToDevice, b->stream));
+    CUDA_TRY(b, cudaEventRecord(sent, b->stream));
+    return STATUS_OK;
+}
+
+// The caller may reuse `host` at once, so a large copy is waited for.
 static Status upload(Backend *base, void *device, const void *host, size_t bytes) {
     CudaBackend *b = cuda_of(base);
     counts_forget(b, device, bytes);
+    if (bytes <= STAGING_BYTES) return upload_staged(b, device, host, bytes);
     CUDA_TRY(b, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, b->stream));
     CUDA_TRY(b, cudaStreamSynchronize(b->stream));
     return STATUS_OK;
@@ -186,6 +198,9 @@ static void destroy(Backend *base) {
         if (b->join_event[i]) cudaEventDestroy(b->join_event[i]);
         if (b->side[i]) cudaStreamDestroy(b->side[i]);
     }
+    for (int i = 0; i < STAGING_PIECES; i++)
+        if (b->staging.sent[i]) cudaEventDestroy(b->staging.sent[i]);
+    if (b->staging.memory) cudaFreeHost(b->staging.memory);
     if (b->fork_event) cudaEventDestroy(b->fork_event);
     if (b->stream) cudaStreamDestroy(b->stream);
     cudaFree(b->gemm_workspace);
@@ -301,6 +316,10 @@ static Status create_parts(CudaBackend *b) {
     }
     CUDA_TRY(
         b, cudaMalloc(&b->gemm_workspace, (size_t)GEMM_WORKSPACE_BYTES * (1 + CUDA_SIDE_STREAMS)));
+    CUDA_TRY(b, cudaHostAlloc((void **)&b->staging.memory, (size_t)STAGING_PIECES * STAGING_BYTES,
+                              cudaHostAllocDefault));
+    for (int i = 0; i < STAGING_PIECES; i++)
+        CUDA_TRY(b, cudaEventCreateWithFlags(&b->staging.sent[i], cudaEventDisableTiming));
     CUDA_TRY(b, cudaMalloc((void **)&b->bad_id, sizeof *b->bad_id));
     CUDA_TRY(b, cudaMemsetAsync(b->bad_id, 0, sizeof *b->bad_id, b->stream));
     CUDA_TRY(b,

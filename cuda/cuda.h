@@ -25,6 +25,16 @@ typedef struct AttentionCache AttentionCache; // attention_cudnn.cpp, or NULL wi
 
 enum { CUDA_SIDE_STREAMS = 4, CUDA_MAX_EXPERTS = 256 };
 
+// Page-locked memory through which small uploads (token ids) go, so that the host runs ahead of the
+// device instead of waiting for it at every micro-batch. A piece is free again when `sent` has
+// happened.
+enum { STAGING_BYTES = 1 << 20, STAGING_PIECES = 8 };
+typedef struct Staging {
+    char *memory; // STAGING_PIECES of STAGING_BYTES
+    cudaEvent_t sent[STAGING_PIECES];
+    int next;
+} Staging;
+
 typedef struct CudaBackend {
     Backend base;
     int device;
@@ -38,6 +48,7 @@ typedef struct CudaBackend {
     cublasLtHandle_t lt;
     GemmCache *gemms;
     AttentionCache *attention;
+    Staging staging;
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;

@@ -46,6 +46,7 @@ static void launch_add(T *a, const T *b, int64_t count, cudaStream_t stream) {
 // Whole pieces first, then the few elements behind them.
 Status cuda_add(Backend *base, void *a, const void *b, int64_t count) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "add";
     DISPATCH_DTYPE(base->compute_dtype, T, {
         constexpr int WIDE = Vec<T>::SIZE;
         const bool wide = vec_ok<T>((const void *)((uintptr_t)a | (uintptr_t)b), 0);
@@ -117,6 +118,7 @@ static void cast_from(DType to, void *out, const void *in, int64_t count, cudaSt
 
 Status cuda_cast(Backend *base, DType to, void *out, DType from, const void *in, int64_t count) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "cast";
     if (count == 0) return STATUS_OK;
     switch (from) {
     case DTYPE_F32:

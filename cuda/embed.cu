@@ -43,6 +43,7 @@ static __global__ void __launch_bounds__(ROWS_PER_BLOCK * 32)
 
 Status cuda_embed_forward(Backend *base, const EmbedArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "embed_forward";
     if (args->tokens == 0) return STATUS_OK;
     const dim3 block(32, ROWS_PER_BLOCK);
     const unsigned blocks = (unsigned)div_up(args->tokens, ROWS_PER_BLOCK);
@@ -234,6 +235,7 @@ static void add_runs(const EmbedArgs *args, const Runs *r, cudaStream_t stream) 
 
 Status cuda_embed_backward(Backend *base, const EmbedArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "embed_backward";
     if (args->tokens == 0) return STATUS_OK;
     Scratch scratch = scratch_open(backend);
     EmbedScratch s;

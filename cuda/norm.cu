@@ -97,6 +97,7 @@ static __global__ void __launch_bounds__(THREADS) forward_kernel(ForwardRows<T> 
 
 Status cuda_rmsnorm_forward(Backend *base, const RmsNormArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "rmsnorm_forward";
     TRY(check_width(args));
     if (args->tokens == 0) return STATUS_OK;
     const RowShape shape = row_shape(args->hidden_size);
@@ -223,6 +224,7 @@ size_t cuda_rmsnorm_workspace(const CudaBackend *backend, const RmsNormArgs *arg
 
 Status cuda_rmsnorm_backward(Backend *base, const RmsNormArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "rmsnorm_backward";
     TRY(check_width(args));
     if (args->tokens == 0) return STATUS_OK;
     const RowShape shape = row_shape(args->hidden_size);

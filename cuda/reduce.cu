@@ -75,6 +75,7 @@ size_t cuda_norm2_workspace(const CudaBackend *backend, const int64_t *count) {
 
 Status cuda_norm2(Backend *base, DType dtype, const void *grad, int64_t count, double *sums) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "norm2";
     TwoSums *parts = NULL;
     INVARIANT(dtype != DTYPE_F16);
     TRY(take_parts(backend, &parts));
@@ -126,6 +127,7 @@ size_t cuda_row_similarity_workspace(const CudaBackend *backend, const RowSimila
 
 Status cuda_row_similarity(Backend *base, const RowSimilarityArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "row_similarity";
     TwoSums *parts = NULL;
     TRY(take_parts(backend, &parts));
     const uintptr_t bits = (uintptr_t)args->a | (uintptr_t)args->b;

@@ -398,6 +398,7 @@ static void rotate(const RopeArgs *args, const void *in, void *out, bool normed,
 
 Status cuda_rope_forward(Backend *base, const RopeArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "rope_forward";
     TRY(check_shape(args));
     if (args->batch * args->sequence_length == 0) return STATUS_OK;
     DISPATCH_DTYPE(base->compute_dtype, T, {
@@ -427,6 +428,7 @@ static Status normed_backward(CudaBackend *backend, const RopeArgs *args) {
 
 Status cuda_rope_backward(Backend *base, const RopeArgs *args) {
     CudaBackend *backend = cuda_of(base);
+    backend->current_op = "rope_backward";
     TRY(check_shape(args));
     if (args->batch * args->sequence_length == 0) return STATUS_OK;
     if (args->q_norm) return normed_backward(backend, args);

@@ -12,10 +12,11 @@ static void print_line(const char *name, const char *shape, double seconds, doub
     fflush(stdout);
 }
 
-// Ops that are no ops of the workspace have this shape for GPU_BENCH.
+// What has no args struct of its own. The count is first: OP_NORM2's args, which say how much
+// workspace any of these needs.
 typedef struct Flat {
-    void *a, *b;
     int64_t count;
+    void *a, *b;
     double *sums;
 } Flat;
 static Status run_copy(Backend *gpu, const void *args) {
@@ -39,7 +40,7 @@ static Status run_norm2(Backend *gpu, const void *args) {
     return gpu->ops->norm2(gpu, DTYPE_F32, f->a, f->count, f->sums);
 }
 static double bench_flat(Backend *gpu, const Flat *f, Status (*op)(Backend *, const void *)) {
-    return gpu_bench(gpu, OP_NORM2, &f->count, op); // room enough for any of them
+    return gpu_bench(gpu, OP_NORM2, f, op);
 }
 
 static void *device_zeros(Backend *gpu, int64_t bytes) {
@@ -66,7 +67,7 @@ static void bench_arenas(Backend *gpu) {
         arenas[i] = device_zeros(gpu, count * 4);
         fill(gpu, arenas[i], &random, count);
     }
-    Flat f = {arenas[0], arenas[1], count, (double *)device_zeros(gpu, 16)};
+    Flat f = {count, arenas[0], arenas[1], (double *)device_zeros(gpu, 16)};
     double seconds = bench_flat(gpu, &f, run_copy);
     copy_rate = 8.0 * (double)count / seconds;
     print_line("copy", shape, seconds, 8.0 * (double)count);
@@ -89,7 +90,7 @@ static void bench_arenas(Backend *gpu) {
                        .grad_scale = 1.0,
                        .step = 10};
     print_line("adamw", shape, GPU_BENCH(gpu, OP_ADAMW, adamw, &adamw), 30.0 * (double)count);
-    Flat cast = {copy, arenas[0], count, NULL};
+    Flat cast = {count, copy, arenas[0], NULL};
     print_line("cast f32 to bf16", shape, bench_flat(gpu, &cast, run_cast), 6.0 * (double)count);
     for (int i = 0; i < 4; i++) gpu->ops->release(gpu, arenas[i]);
     gpu->ops->release(gpu, copy);
@@ -159,7 +160,7 @@ static void bench_norm(Backend *gpu, int tokens, int hidden) {
                8.0 * (double)count);
     print_line("rmsnorm backward", shape, GPU_BENCH(gpu, OP_RMSNORM, rmsnorm_backward, &args),
                8.0 * (double)count);
-    Flat f = {rows[0], rows[1], count, NULL};
+    Flat f = {count, rows[0], rows[1], NULL};
     print_line("add", shape, bench_flat(gpu, &f, run_add), 6.0 * (double)count);
     for (int i = 0; i < 6; i++) gpu->ops->release(gpu, rows[i]);
     gpu->ops->release(gpu, args.inv_rms);
