@@ -125,11 +125,18 @@ static int reap(pid_t pid) {
     return exit_status;
 }
 
-static void describe_death(int exit_status, const SandboxLimits *limits, SandboxVerdict *verdict) {
+// `late`: the parent's patience had ended. A SIGKILL before that came from outside (the system short
+// of memory, a user) and says nothing about the item.
+static void describe_death(int exit_status, bool late, const SandboxLimits *limits,
+                           SandboxVerdict *verdict) {
     int signal_number = WIFSIGNALED(exit_status) ? WTERMSIG(exit_status) : 0;
     verdict->code = STATUS_BAD_DATA;
     verdict->died = true;
-    if (signal_number == SIGALRM || signal_number == SIGKILL) {
+    if (signal_number == SIGKILL && !late) {
+        verdict->code = STATUS_INTERNAL;
+        snprintf(verdict->message, sizeof verdict->message,
+                 "the process that checks it was killed from outside (is memory short?)");
+    } else if (signal_number == SIGALRM || signal_number == SIGKILL) {
         snprintf(verdict->message, sizeof verdict->message, "reading it took more than %u s",
                  limits->seconds);
     } else if (signal_number) {
@@ -145,8 +152,9 @@ static void describe_death(int exit_status, const SandboxLimits *limits, Sandbox
 static void collect(Child *child, int first, int count, const SandboxLimits *limits,
                     size_t result_bytes, char *results, SandboxVerdict *verdicts, int *next) {
     int i = first;
+    double deadline = 0;
     for (; i < count; i++) {
-        double deadline = clock_seconds() + limits->seconds + PARENT_PATIENCE_SECONDS;
+        deadline = clock_seconds() + limits->seconds + PARENT_PATIENCE_SECONDS;
         char *result = results + (size_t)i * result_bytes;
         if (!read_all(child->pipe, &verdicts[i], sizeof verdicts[i], deadline)) break;
         if (!read_all(child->pipe, result, result_bytes, deadline)) break;
@@ -155,11 +163,12 @@ static void collect(Child *child, int first, int count, const SandboxLimits *lim
     close(child->pipe);
     // A child that still runs has answered everything and is about to exit, has run out of the
     // parent's patience, or is dying from its own signal, which then comes first.
+    bool late = clock_seconds() >= deadline;
     if (i < count) kill(child->pid, SIGKILL);
     int exit_status = reap(child->pid);
     if (i < count) {
         memset(results + (size_t)i * result_bytes, 0, result_bytes);
-        describe_death(exit_status, limits, &verdicts[i]);
+        describe_death(exit_status, late, limits, &verdicts[i]);
         i++;
     }
     *next = i;

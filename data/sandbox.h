@@ -9,7 +9,8 @@
 
 enum { SANDBOX_TEXT_MAX = 1024 };
 
-// How one item ended: what the task returned, or STATUS_BAD_DATA with what killed the child.
+// How one item ended: what the task returned, or STATUS_BAD_DATA with what killed the child, or
+// STATUS_INTERNAL when somebody else did.
 typedef struct SandboxVerdict {
     Status code;
     bool died; // the message says how, not over what

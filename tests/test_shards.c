@@ -12,7 +12,7 @@
 
 // --- The child process ---------------------------------------------------------------------------
 
-typedef enum Behaviour { ANSWER, REFUSE, CRASH, LEAVE, HANG, EAT_MEMORY } Behaviour;
+typedef enum Behaviour { ANSWER, REFUSE, CRASH, LEAVE, HANG, EAT_MEMORY, BE_KILLED } Behaviour;
 
 static Status behave(const void *context, int index, void *result) {
     const Behaviour *list = context;
@@ -25,6 +25,9 @@ static Status behave(const void *context, int index, void *result) {
         break;
     case LEAVE:
         _exit(3);
+    case BE_KILLED: // by whom cannot be told
+        raise(SIGKILL);
+        break;
     case HANG:
         for (;;) pause();
     case EAT_MEMORY:
@@ -39,7 +42,7 @@ static Status behave(const void *context, int index, void *result) {
 }
 
 START_TEST(sandbox_survives_everything) {
-    const Behaviour list[] = {ANSWER, CRASH, ANSWER, REFUSE, LEAVE, HANG, ANSWER};
+    const Behaviour list[] = {ANSWER, CRASH, ANSWER, REFUSE, LEAVE, HANG, BE_KILLED, ANSWER};
     enum { COUNT = sizeof list / sizeof list[0] };
     const SandboxLimits limits = {.seconds = 1, .memory_bytes = 64 << 20};
     SandboxVerdict verdicts[COUNT];
@@ -57,6 +60,9 @@ START_TEST(sandbox_survives_everything) {
     ck_assert_str_eq(verdicts[3].message, "item 3 refused");
     ck_assert_ptr_nonnull(strstr(verdicts[4].message, "exit 3"));
     ck_assert_str_eq(verdicts[5].message, "reading it took more than 1 s");
+    ck_assert_int_eq(verdicts[5].code, STATUS_BAD_DATA);
+    ck_assert_int_eq(verdicts[6].code, STATUS_INTERNAL); // no reason to call the file bad
+    ck_assert_ptr_nonnull(strstr(verdicts[6].message, "killed from outside"));
 }
 END_TEST
 
