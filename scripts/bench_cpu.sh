@@ -154,7 +154,7 @@ for name, text in (("quickstart_dense", "dense"), ("quickstart_lfuc", "fused, ex
 for name, text in (("quickstart_dense", "dense"), ("quickstart_lfuc", "fused")):
     peak = int((here / f"{name}.peak").read_text())
     dry = (here / f"{name}.dry").read_text()
-    number, unit = re.search(r"^  total +([\d.]+) (\w+)$", dry, re.M).groups()
+    number, unit = re.search(r"^  total +([\d.]+) (\w+)", dry, re.M).groups()
     planned = float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
     line(f"peak memory, quickstart {text}, of the plan", f"{peak / 1e6:.0f} MB",
          f"({number} {unit})", f"{peak / planned:.2f}", "0.90 to 1.10")
