@@ -83,7 +83,7 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
       endif()
     endforeach()
     # Whole models on the GPU: CPU suites built a second time. CUDA does not survive a fork.
-    foreach(topic parity)
+    foreach(topic parity replay)
       set(name test_gpu_${topic})
       add_executable(${name} ${CMAKE_SOURCE_DIR}/tests/test_${topic}.c)
       target_link_libraries(${name} PRIVATE d2m_train PkgConfig::CHECK)

@@ -128,12 +128,13 @@ static void chunk_forward(const LinearCrossEntropyArgs *args, const CrossEntropy
 static void chunk_backward(const LinearCrossEntropyArgs *args, const CrossEntropyScratch *scratch,
                            const TileGrid *weights, const TileGrid *inputs, const Chunk *chunk) {
     const int64_t hidden = args->hidden_size, vocab = args->vocab_size;
+    const float beta = args->grad_assign && chunk->begin == 0 ? 0.0f : 1.0f;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < weights->count + inputs->count; i++) {
         if (i < weights->count) {
             const Tile tile = tile_at(weights, i);
             gemm_tn(tile.rows, tile.columns, chunk->rows, 1.0f, scratch->logits + tile.row, vocab,
-                    (const float *)args->x + chunk->begin * hidden + tile.column, hidden, 1.0f,
+                    (const float *)args->x + chunk->begin * hidden + tile.column, hidden, beta,
                     (float *)args->grad_weight + tile.row * hidden + tile.column, hidden);
             continue;
         }

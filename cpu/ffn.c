@@ -93,10 +93,11 @@ static void last_product_tile(const FfnArgs *args, const TileGrid grids[3], int6
                               const float *dgate_up, const float *activation) {
     const int64_t tokens = args->tokens, hidden = args->hidden_size;
     const int64_t inner = args->intermediate_size;
+    const float beta = args->grad_assign ? 0.0f : 1.0f;
     if (index < grids[0].count) {
         const Tile tile = tile_at(&grids[0], index);
         gemm_tn(tile.rows, tile.columns, tokens, 1.0f, dgate_up + tile.row, 2 * inner,
-                (const float *)args->x + tile.column, hidden, 1.0f,
+                (const float *)args->x + tile.column, hidden, beta,
                 (float *)args->grad_gate_up + tile.row * hidden + tile.column, hidden);
         return;
     }
@@ -104,7 +105,7 @@ static void last_product_tile(const FfnArgs *args, const TileGrid grids[3], int6
     if (index < grids[1].count) {
         const Tile tile = tile_at(&grids[1], index);
         gemm_tn(tile.rows, tile.columns, tokens, 1.0f, (const float *)args->dout + tile.row, hidden,
-                activation + tile.column, inner, 1.0f,
+                activation + tile.column, inner, beta,
                 (float *)args->grad_down + tile.row * inner + tile.column, inner);
         return;
     }

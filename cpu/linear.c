@@ -49,7 +49,8 @@ static void weight_gradient_tile(const LinearArgs *args, const Tile *tile) {
     const float *x = args->x, *dout = args->dout;
     float *grad_weight = args->grad_weight;
     gemm_tn(tile->rows, tile->columns, args->tokens, 1.0f, dout + tile->row, out_features,
-            x + tile->column, in, 1.0f, grad_weight + tile->row * in + tile->column, in);
+            x + tile->column, in, args->grad_assign ? 0.0f : 1.0f,
+            grad_weight + tile->row * in + tile->column, in);
     if (args->bias && tile->column == 0) // the first of a row of tiles also does the bias
         add_column_sums(args, tile->row, tile->row + tile->rows);
 }

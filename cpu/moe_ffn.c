@@ -234,20 +234,20 @@ static void last_product_tile(const MoeFfnArgs *args, const MoeScratch *scratch,
     }
     const int64_t expert = index / per_expert, begin = args->routing.expert_begin[expert];
     const int64_t rows = args->routing.expert_begin[expert + 1] - begin;
-    if (rows == 0) return;
+    const float beta = args->grad_assign ? 0.0f : 1.0f; // a sum over no rows is 0
     index %= per_expert;
     if (index < grids->gate_up.count) {
         const Tile tile = tile_at(&grids->gate_up, index);
         gemm_tn(
             tile.rows, tile.columns, rows, 1.0f, scratch->dgate_up + begin * 2 * inner + tile.row,
-            2 * inner, scratch->x + begin * hidden + tile.column, hidden, 1.0f,
+            2 * inner, scratch->x + begin * hidden + tile.column, hidden, beta,
             (float *)args->grad_gate_up + (expert * 2 * inner + tile.row) * hidden + tile.column,
             hidden);
         return;
     }
     const Tile tile = tile_at(&grids->down, index - grids->gate_up.count);
     gemm_tn(tile.rows, tile.columns, rows, 1.0f, scratch->dout + begin * hidden + tile.row, hidden,
-            scratch->activation + begin * inner + tile.column, inner, 1.0f,
+            scratch->activation + begin * inner + tile.column, inner, beta,
             (float *)args->grad_down + (expert * hidden + tile.row) * inner + tile.column, inner);
 }
 

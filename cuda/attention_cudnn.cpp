@@ -6,7 +6,8 @@
 //
 // Deterministic backward on Hopper with cuDNN 9 keeps the gradient of the probabilities of all
 // heads in memory, 2·B·heads·S² bytes, instead of adding dq atomically. The batch is therefore cut
-// into chunks whose share stays under DP_BYTES_MAX; sequences do not depend on each other.
+// into chunks whose share stays under DP_BYTES_MAX; sequences do not depend on each other. A
+// backend that need not be deterministic lets cuDNN add dq in any order and takes the batch whole.
 //
 // Without cuDNN or the headers (cmake says which) the functions decline, and own kernels run.
 #include "cuda/attention.h"
@@ -37,7 +38,7 @@ enum { PLANS_MAX = 64 };
 enum Operand { Q = 1, K, V, OUT, STATS, DOUT, DQ, DK, DV };
 
 typedef struct Plan {
-    bool backward;
+    bool backward, deterministic;
     int64_t batch, length;
     int heads, kv_heads, head_dim;
     std::shared_ptr<fe::graph::Graph> graph; // null: cuDNN does not take the shape
@@ -128,7 +129,7 @@ static void add_nodes(const Plan &p) {
     shape_stats(p, stats);
     fe::graph::SDPA_backward_attributes options;
     options.set_name("attention_backward").set_causal_mask(true).set_attn_scale(scale);
-    options.set_deterministic_algorithm(true);
+    options.set_deterministic_algorithm(p.deterministic);
     auto [dq, dk, dv] = p.graph->sdpa_backward(q, k, v, input(p, p.heads, out_stride, OUT),
                                                input(p, p.heads, out_stride, DOUT),
                                                p.graph->tensor(stats), options);
@@ -157,8 +158,9 @@ static void build(const AttentionCache *cache, Plan *plan) {
 }
 
 // By value: a later search may empty the cache, and the copy keeps the graph alive.
-static Plan find_plan(AttentionCache *cache, const AttentionArgs *args, int64_t batch,
+static Plan find_plan(const CudaBackend *backend, const AttentionArgs *args, int64_t batch,
                       bool backward) {
+    AttentionCache *cache = backend->attention;
     for (int i = 0; i < cache->count; i++) {
         const Plan &p = cache->plans[i];
         if (p.backward == backward && p.batch == batch && p.length == args->sequence_length &&
@@ -172,6 +174,7 @@ static Plan find_plan(AttentionCache *cache, const AttentionArgs *args, int64_t 
     }
     Plan plan = {};
     plan.backward = backward;
+    plan.deterministic = backend->deterministic;
     plan.batch = batch;
     plan.length = args->sequence_length;
     plan.heads = args->num_heads;
@@ -196,10 +199,10 @@ static int64_t chunk_step(const AttentionArgs *args) {
     return statistics % 4 == 0 ? 1 : statistics % 2 == 0 ? 2 : 4;
 }
 
-static int64_t chunk_size(const AttentionArgs *args, bool backward) {
+static int64_t chunk_size(const CudaBackend *backend, const AttentionArgs *args, bool backward) {
     const int64_t step = chunk_step(args), length = args->sequence_length;
     const int64_t fit = DP_BYTES_MAX / (2 * args->num_heads * length * length);
-    if (!backward || fit >= args->batch) return args->batch;
+    if (!backward || !backend->deterministic || fit >= args->batch) return args->batch;
     const int64_t size = fit / step * step > step ? fit / step * step : step;
     return size < args->batch ? size : args->batch;
 }
@@ -213,13 +216,14 @@ static bool find_cut(const CudaBackend *backend, const AttentionArgs *args, bool
         return false;
     const int64_t step = chunk_step(args);
     available = std::min(available, WORKSPACE_BYTES_MAX);
-    for (int64_t size = chunk_size(args, backward); size > 0; size = size / 2 / step * step) {
-        cut->plan = find_plan(backend->attention, args, size, backward);
+    for (int64_t size = chunk_size(backend, args, backward); size > 0;
+         size = size / 2 / step * step) {
+        cut->plan = find_plan(backend, args, size, backward);
         if (!cut->plan.graph) return false;
         if (cut->plan.workspace_bytes > available) continue;
         const int64_t rest = args->batch % size;
         if (rest == 0) return true;
-        cut->rest = find_plan(backend->attention, args, rest, backward);
+        cut->rest = find_plan(backend, args, rest, backward);
         return cut->rest.graph && cut->rest.workspace_bytes <= available;
     }
     return false;

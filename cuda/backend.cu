@@ -204,6 +204,7 @@ static void destroy(Backend *base) {
     if (b->fork_event) cudaEventDestroy(b->fork_event);
     if (b->stream) cudaStreamDestroy(b->stream);
     cudaFree(b->gemm_workspace);
+    cudaFree(b->tune_hash);
     cudaFree(b->bad_id);
     if (b->host_bad_id) cudaFreeHost(b->host_bad_id);
     if (b->host_counts) cudaFreeHost(b->host_counts);
@@ -221,6 +222,10 @@ static const BackendOps ops = {
     .zero = zero,
     .synchronize = synchronize,
     .memory = memory,
+    .capture_begin = cuda_capture_begin,
+    .capture_end = cuda_capture_end,
+    .graph_launch = cuda_graph_launch,
+    .graph_release = cuda_graph_release,
     .workspace_bytes = workspace_bytes,
     .set_workspace = set_workspace,
     .embed_forward = cuda_embed_forward,
@@ -320,6 +325,7 @@ static Status create_parts(CudaBackend *b) {
                               cudaHostAllocDefault));
     for (int i = 0; i < STAGING_PIECES; i++)
         CUDA_TRY(b, cudaEventCreateWithFlags(&b->staging.sent[i], cudaEventDisableTiming));
+    CUDA_TRY(b, cudaMalloc((void **)&b->tune_hash, sizeof *b->tune_hash));
     CUDA_TRY(b, cudaMalloc((void **)&b->bad_id, sizeof *b->bad_id));
     CUDA_TRY(b, cudaMemsetAsync(b->bad_id, 0, sizeof *b->bad_id, b->stream));
     CUDA_TRY(b,
@@ -342,6 +348,8 @@ Status backend_cuda(const CudaOptions *options, Backend **out) {
     b->base.compute_dtype = options->fp32 ? DTYPE_F32 : DTYPE_BF16;
     b->base.grad_dtype = DTYPE_F32;
     b->base.num_threads = 1;
+    b->base.can_capture = options->graphs;
+    b->deterministic = !options->any_order;
     b->device = options->device;
     b->num_sms = properties.multiProcessorCount;
     Status status = create_parts(b);

@@ -8,7 +8,9 @@
 
 typedef struct CudaOptions {
     int device;
-    bool fp32; // every op in fp32 (no TF32), for tests
+    bool fp32;      // every op in fp32 (no TF32), for tests
+    bool graphs;    // can_capture
+    bool any_order; // attention's backward may add in any order: faster, not the same bits each run
 } CudaOptions;
 
 // A GPU is in this machine, whether it can be used or not.

@@ -283,7 +283,7 @@ static Status chunk_gradients(CudaBackend *backend, const LinearCrossEntropyArgs
     weight.transpose_a = true;
     weight.lda = logits_stride(args);
     weight.dtype_c = backend->base.grad_dtype;
-    weight.beta = 1.0f;
+    weight.beta = args->grad_assign && chunk->first == 0 ? 0.0f : 1.0f;
     TRY(gemm_run(backend, &weight, 0));
     if (!args->dx) return STATUS_OK;
     char *dx = (char *)args->dx +

@@ -40,6 +40,7 @@ typedef struct CudaBackend {
     int device;
     char device_name[256];
     int num_sms;
+    bool deterministic;
     cudaStream_t stream; // every op, in order
     // Work that may overlap inside one op (the experts' GEMMs) forks from `stream` to these and
     // joins again before the op returns.
@@ -49,6 +50,8 @@ typedef struct CudaBackend {
     GemmCache *gemms;
     AttentionCache *attention;
     Staging staging;
+    uint64_t *tune_hash;  // on the device: gemm_tune.cu
+    bool capturing;       // launches are recorded, not run: graph.cu
     void *gemm_workspace; // one region per stream: 0 for `stream`, 1 + i for side[i]
     void *workspace;
     size_t workspace_bytes;
@@ -115,9 +118,10 @@ Status gemm_run(CudaBackend *backend, const Gemm *gemm, int stream_index) NODISC
 // C = A · B with everything in compute_dtype, to be changed where it differs and run.
 Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const void *a,
              const void *b, void *c);
-// grad (m, n) += doutᵀ · x for dout (T, m) and x (T, n), grad of grad_dtype, on the compute stream.
+// grad (m, n) += doutᵀ · x, or = with assign, for dout (T, m) and x (T, n), grad of grad_dtype, on
+// the compute stream.
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, void *grad) NODISCARD;
+                            const void *dout, const void *x, bool assign, void *grad) NODISCARD;
 Status gemm_cache_create(CudaBackend *backend) NODISCARD;
 void gemm_cache_destroy(CudaBackend *backend);
 
@@ -127,6 +131,11 @@ void attention_cache_destroy(CudaBackend *backend);
 
 // --- Ops, by file ---------------------------------------------------------------------------
 
+// graph.cu
+Status cuda_capture_begin(Backend *);
+Status cuda_capture_end(Backend *, bool keep, void **out);
+Status cuda_graph_launch(Backend *, void *graph);
+void cuda_graph_release(Backend *, void *graph);
 // embed.cu
 Status cuda_embed_forward(Backend *, const EmbedArgs *);
 Status cuda_embed_backward(Backend *, const EmbedArgs *);

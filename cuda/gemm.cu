@@ -2,28 +2,32 @@
 //
 // cuBLASLt is column-major; a row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ, so operands swap
 // places and nothing is ever transposed in memory. The first call of a shape asks the heuristic;
-// later calls find the entry in a small open-addressing table. An expert's product has a new row
-// count in every step: it takes the algorithm chosen for the count rounded up and only the
-// layouts, which are cheap, are its own.
+// later calls find the entry in an open-addressing table. An expert's product has a new row count
+// in every step: it takes the algorithm chosen for the count rounded up and only the layouts, which
+// are cheap, are its own.
 //
-// Nothing is timed: the choice depends on the shape alone. Split sums are only ever combined in
+// Large products are then timed (gemm_tune.cu), on the first call that assigns C: one that adds to
+// it cannot be repeated. The result never depends on that. Split sums are only ever combined in
 // fp32 and in a fixed order. So a product gives the same bits in every run.
 #include <stdlib.h>
 #include <string.h>
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
+#include "cuda/gemm_tune.cuh"
 
-enum { GEMM_CACHE_SLOTS = 1024, GEMM_ROWS_STEP = 256, GEMM_ROWS_ALIGNMENT = 16 };
+enum { GEMM_CACHE_SLOTS = 4096, GEMM_ROWS_STEP = 256, GEMM_ROWS_ALIGNMENT = 16 };
+// Products below this many multiply-adds end before a better algorithm could show.
+static const double TUNE_MIN_PRODUCT = 4e9;
 
 // Everything that decides descriptors and algorithm; compared as bytes, so filled after memset.
 typedef struct GemmKey {
     int64_t m, n, k, lda, ldb, ldc;
-    int32_t transpose_a, transpose_b, dtype_ab, dtype_c, has_bias, beta_zero;
+    int32_t transpose_a, transpose_b, dtype_ab, dtype_c, has_bias;
     int32_t alignment; // of the least aligned pointer, up to 256
 } GemmKey;
 
 typedef struct GemmEntry {
-    bool used;
+    bool used, tuned;
     GemmKey key;
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, c;
@@ -91,11 +95,12 @@ static GemmKey make_key(const Gemm *g) {
     key.dtype_ab = g->dtype_ab;
     key.dtype_c = g->dtype_c;
     key.has_bias = g->bias != NULL;
-    key.beta_zero = g->beta == 0.0f;
     key.alignment = pointer_alignment(g);
     if (g->rows_vary) {
         int64_t *rows = g->transpose_a ? &key.k : &key.m;
-        *rows = div_up(*rows, GEMM_ROWS_STEP) * GEMM_ROWS_STEP;
+        int64_t step = GEMM_ROWS_STEP; // an eighth of the count's power of two
+        while (step * 16 <= *rows) step *= 2;
+        *rows = div_up(*rows, step) * step;
         if (key.alignment > GEMM_ROWS_ALIGNMENT) key.alignment = GEMM_ROWS_ALIGNMENT;
     }
     return key;
@@ -175,32 +180,37 @@ static Status set_preferences(CudaBackend *backend, const GemmKey *key,
     return STATUS_OK;
 }
 
-static Status choose_algorithm(CudaBackend *backend, const GemmKey *key, GemmEntry *entry) {
+// The heuristic's best algorithms, best first; at least one.
+static Status ask_heuristic(CudaBackend *backend, const GemmEntry *entry, int wanted,
+                            cublasLtMatmulHeuristicResult_t *results, int *found) {
+    const GemmKey *key = &entry->key;
     cublasLtMatmulPreference_t preference;
+    *found = 0;
     BLAS_TRY(backend, cublasLtMatmulPreferenceCreate(&preference));
     Status status = set_preferences(backend, key, preference);
-    cublasLtMatmulHeuristicResult_t result;
-    int found = 0;
     if (status == STATUS_OK)
         status = cuda_check_blas(
             backend,
             cublasLtMatmulAlgoGetHeuristic(backend->lt, entry->operation, entry->a, entry->b,
-                                           entry->c, entry->c, preference, 1, &result, &found),
+                                           entry->c, entry->c, preference, wanted, results, found),
             __FILE__, __LINE__, "cublasLtMatmulAlgoGetHeuristic");
     cublasLtMatmulPreferenceDestroy(preference);
     TRY(status);
-    if (found == 0)
+    if (*found == 0)
         FAIL(STATUS_INTERNAL,
              "cuBLASLt has no algorithm for a (%lld x %lld) x (%lld x %lld) product",
              (long long)key->m, (long long)key->k, (long long)key->k, (long long)key->n);
-    entry->algorithm = result.algo;
     return STATUS_OK;
 }
 
 static Status fill_entry(CudaBackend *backend, const Gemm *g, GemmEntry *entry) {
+    cublasLtMatmulHeuristicResult_t result;
+    int found;
     TRY(make_descriptors(backend, &entry->key, entry));
     TRY(set_epilogue(backend, g, entry));
-    return choose_algorithm(backend, &entry->key, entry);
+    TRY(ask_heuristic(backend, entry, 1, &result, &found));
+    entry->algorithm = result.algo;
+    return STATUS_OK;
 }
 
 static Status find_entry(CudaBackend *backend, const Gemm *g, GemmEntry **out) {
@@ -236,9 +246,9 @@ static cudaStream_t stream_of(const CudaBackend *backend, int index) {
     return index == 0 ? backend->stream : backend->side[index - 1];
 }
 
-// The product itself, with the entry's algorithm and layouts of the call's own row count.
+// The product itself, with one of the entry's algorithms and layouts of the call's own row count.
 static cublasStatus_t multiply(CudaBackend *backend, const Gemm *g, const GemmEntry *entry,
-                               int stream_index) {
+                               const cublasLtMatmulAlgo_t *algorithm, int stream_index) {
     const GemmKey *key = &entry->key;
     cublasLtMatrixLayout_t a = entry->a, b = entry->b, c = entry->c;
     cublasLtMatrixLayoutOpaque_t own[3];
@@ -252,9 +262,45 @@ static cublasStatus_t multiply(CudaBackend *backend, const Gemm *g, const GemmEn
     }
     char *workspace = (char *)backend->gemm_workspace + (size_t)stream_index * GEMM_WORKSPACE_BYTES;
     return cublasLtMatmul(backend->lt, entry->operation, &g->alpha, g->b, a, g->a, b, &g->beta,
-                          g->c, c, g->c, c, &entry->algorithm, workspace, GEMM_WORKSPACE_BYTES,
+                          g->c, c, g->c, c, algorithm, workspace, GEMM_WORKSPACE_BYTES,
                           stream_of(backend, stream_index));
 }
+
+// --- The choice by measurement -----------------------------------------------------------------
+
+typedef struct Contest {
+    CudaBackend *backend;
+    const Gemm *gemm;
+    const GemmEntry *entry;
+    const cublasLtMatmulHeuristicResult_t *results;
+    int stream_index;
+} Contest;
+
+static cublasStatus_t attempt(void *context, int index) {
+    const Contest *c = (const Contest *)context;
+    return multiply(c->backend, c->gemm, c->entry, &c->results[index].algo, c->stream_index);
+}
+
+// Once per shape, on the first call that can be repeated; fp32, which is for comparisons, is left
+// alone.
+static Status tune(CudaBackend *backend, const Gemm *g, GemmEntry *entry, int stream_index) {
+    const double size = (double)g->m * (double)g->n * (double)g->k;
+    if (entry->tuned || g->beta != 0.0f || g->dtype_ab == DTYPE_F32 || size < TUNE_MIN_PRODUCT ||
+        backend->capturing)
+        return STATUS_OK;
+    cublasLtMatmulHeuristicResult_t results[GEMM_CANDIDATES];
+    int found, best;
+    const int64_t bytes = (int64_t)dtype_bytes(g->dtype_c);
+    entry->tuned = true;
+    TRY(ask_heuristic(backend, entry, GEMM_CANDIDATES, results, &found));
+    Contest contest = {backend, g, entry, results, stream_index};
+    TRY(gemm_fastest(backend, g->c, g->m, g->n * bytes, entry->key.ldc * bytes,
+                     stream_of(backend, stream_index), found, attempt, &contest, &best));
+    entry->algorithm = results[best].algo;
+    return STATUS_OK;
+}
+
+// --- The call ----------------------------------------------------------------------------------
 
 // A sum over nothing, which cuBLASLt does not take: an expert without tokens.
 static Status empty_sum(CudaBackend *backend, const Gemm *g, cudaStream_t stream) {
@@ -273,7 +319,8 @@ Status gemm_run(CudaBackend *backend, const Gemm *g, int stream_index) {
     GemmEntry *entry;
     TRY(find_entry(backend, g, &entry));
     if (g->bias) TRY(set_bias(backend, entry, g->bias));
-    cublasStatus_t error = multiply(backend, g, entry, stream_index);
+    TRY(tune(backend, g, entry, stream_index));
+    cublasStatus_t error = multiply(backend, g, entry, &entry->algorithm, stream_index);
     if (g->rows_vary &&
         (error == CUBLAS_STATUS_NOT_SUPPORTED || error == CUBLAS_STATUS_INVALID_VALUE)) {
         Gemm exact = *g; // the algorithm of the rounded count does not do this one
@@ -298,10 +345,10 @@ Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const 
 }
 
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, void *grad) {
+                            const void *dout, const void *x, bool assign, void *grad) {
     Gemm product = gemm_of(backend, m, n, tokens, dout, x, grad);
     product.transpose_a = true;
     product.dtype_c = backend->base.grad_dtype;
-    product.beta = 1.0f;
+    product.beta = assign ? 0.0f : 1.0f;
     return gemm_run(backend, &product, 0);
 }

@@ -119,7 +119,7 @@ Status cuda_linear_backward(Backend *base, const LinearArgs *args) {
     backend->current_op = "linear_backward";
     if (args->tokens == 0) return STATUS_OK;
     TRY(gemm_weight_gradient(backend, args->tokens, args->out_features, args->in_features,
-                             args->dout, args->x, args->grad_weight));
+                             args->dout, args->x, args->grad_assign, args->grad_weight));
     if (args->bias) TRY(add_column_sums(backend, args));
     if (!args->dx) return STATUS_OK;
     Gemm inputs = gemm_of(backend, args->tokens, args->in_features, args->out_features, args->dout,

@@ -218,7 +218,7 @@ static Status weight_gradient(const Moe *m, int e, int stream_index, const void 
                          expert_of(grad, e, out_rows, columns, dtype_bytes(type)));
     g.dtype_c = type;
     g.transpose_a = true;
-    g.beta = 1.0f;
+    g.beta = m->args->grad_assign ? 0.0f : 1.0f;
     return gemm_run(m->b, &g, stream_index);
 }
 
@@ -248,6 +248,20 @@ static Status backward_expert(const void *context, int e, cudaStream_t stream, i
                            args->grad_gate_up);
 }
 
+// experts_run() has nothing to do for an expert without rows, whose gradients are zeros then.
+static Status zero_idle_gradients(const Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    const int64_t inner = args->intermediate_size, hidden = args->hidden_size;
+    for (int e = 0; e < args->num_experts; e++) {
+        if (m->begin[e + 1] > m->begin[e]) continue;
+        TRY(weight_gradient(m, e, 0, m->scratch.dout, hidden, m->scratch.activation, inner,
+                            args->grad_down));
+        TRY(weight_gradient(m, e, 0, m->scratch.dgate_up, 2 * inner, m->scratch.x, hidden,
+                            args->grad_gate_up));
+    }
+    return STATUS_OK;
+}
+
 Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     if (args->tokens == 0) return STATUS_OK;
     Moe m = {};
@@ -257,5 +271,6 @@ Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
     TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
+    if (args->grad_assign) TRY(zero_idle_gradients(&m));
     return combine(&m, args->dx);
 }

@@ -125,8 +125,8 @@ static int reap(pid_t pid) {
     return exit_status;
 }
 
-// `late`: the parent's patience had ended. A SIGKILL before that came from outside (the system short
-// of memory, a user) and says nothing about the item.
+// `late`: the parent's patience had ended. A SIGKILL before that came from outside (the system
+// short of memory, a user) and says nothing about the item.
 static void describe_death(int exit_status, bool late, const SandboxLimits *limits,
                            SandboxVerdict *verdict) {
     int signal_number = WIFSIGNALED(exit_status) ? WTERMSIG(exit_status) : 0;

@@ -61,7 +61,8 @@ Status shard_read_tokens(int fd, const char *path, const ShardLayout *layout, ui
     // position never overtakes the read position.
     char *raw = (char *)ids + count * (sizeof *ids - width);
     TRY(io_pread(fd, path, raw, count * width, layout->tokens_offset + first * width));
-    uint32_t largest = width == sizeof(uint16_t) ? widen_ids(raw, count, ids) : largest_id(ids, count);
+    uint32_t largest =
+        width == sizeof(uint16_t) ? widen_ids(raw, count, ids) : largest_id(ids, count);
     if (largest >= (uint64_t)layout->vocab_size) return refuse_id(path, layout, first, count, ids);
     return STATUS_OK;
 }

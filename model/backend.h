@@ -11,8 +11,10 @@
 //  - `void *` operands have the backend's compute_dtype, except weight gradients (names starting
 //    with `grad_`), which have its grad_dtype. `float *`, `int32_t *` and `double *` are as
 //    written.
-//  - Weight gradients ACCUMULATE (+=); activation gradients (names starting with `d`) are ASSIGNED
-//    unless a comment says otherwise.
+//  - Weight gradients ACCUMULATE (+=), those of matrices are ASSIGNED (=) when the args say
+//    grad_assign (and there is a token): the first micro-batch of a step then needs no zeros to
+//    add to. Activation gradients (names starting with `d`) are ASSIGNED unless a comment says
+//    otherwise.
 //  - Forward and backward of an op take the same argument struct. Forward ignores the gradient
 //    members; backward reads the inputs and what the struct calls saved.
 //  - No operand aliases another unless the comment allows it.
@@ -78,6 +80,7 @@ typedef struct LinearArgs {
     const void *dout;   // (T, out)
     void *dx;           // (T, in) or NULL
     bool dx_accumulate;
+    bool grad_assign;  // grad_weight =; grad_bias += as always
     void *grad_weight; // (out, in)
     void *grad_bias;   // (out), NULL when bias is NULL
 } LinearArgs;
@@ -131,6 +134,7 @@ typedef struct FfnArgs {
     void *activation;           // (T, I) saved, or NULL: workspace, recomputed in backward
     const void *dout;           // (T, H)
     void *dx;                   // (T, H)
+    bool grad_assign;           // both gradients =
     void *grad_gate_up;         // (2I, H)
     void *grad_down;            // (H, I)
 } FfnArgs;
@@ -206,6 +210,7 @@ typedef struct MoeFfnArgs {
     const void *dout;   // (T, H)
     void *dx;           // (T, H)
     float *dgate;       // (T, k)
+    bool grad_assign;   // both gradients =, zero for an expert without rows
     void *grad_gate_up; // (N, 2I, H)
     void *grad_down;    // (N, H, I)
 } MoeFfnArgs;
@@ -226,6 +231,7 @@ typedef struct LinearCrossEntropyArgs {
     double *loss_count; // (1) accumulated
     float *token_loss;  // (T) or NULL: per-token loss, 0 where ignored
     void *dx;           // (T, H) or NULL
+    bool grad_assign;   // grad_weight =
     void *grad_weight;  // (V, H) or NULL
 } LinearCrossEntropyArgs;
 
@@ -292,6 +298,15 @@ typedef struct BackendOps {
     // Device memory that is free now, and all of it; both 0 where it is the machine's own memory.
     Status (*memory)(Backend *, uint64_t *free_bytes, uint64_t *total_bytes) NODISCARD;
 
+    // Where Backend.can_capture (else NULL): ops between capture_begin and capture_end are recorded
+    // instead of run, with the arguments they have now, and graph_launch runs them all. Nothing in
+    // between may wait, copy from or to the host, or be a sequence that has not run before. `keep`
+    // false gives up a recording; *out is NULL then.
+    Status (*capture_begin)(Backend *) NODISCARD;
+    Status (*capture_end)(Backend *, bool keep, void **out) NODISCARD;
+    Status (*graph_launch)(Backend *, void *graph) NODISCARD;
+    void (*graph_release)(Backend *, void *graph);
+
     size_t (*workspace_bytes)(Backend *, OpKind op, const void *args);
     void (*set_workspace)(Backend *, void *device, size_t bytes);
 
@@ -334,6 +349,7 @@ struct Backend {
     DType compute_dtype;     // weights and activations
     DType grad_dtype;        // weight gradients
     int num_threads;         // CPU threads it computes with
+    bool can_capture;        // has capture_begin and its kin
     // followed by the backend's own state
 };
 

@@ -4,6 +4,7 @@
 // is the stream's own, so each half of a layer sends d_stream back through its branch into
 // d_normed, and the norm's backward adds the result to d_stream (op_args.c).
 #include "model/forward.h"
+#include "model/replay.h"
 
 // With `norms` recomputed, the normed rows are made again right before they are read. The stream
 // holds the sum already, so this is the forward op without its addition.
@@ -70,14 +71,21 @@ static Status backward_layers(const Pass *p) {
     return STATUS_OK;
 }
 
+static Status run_pass(const Pass *p) {
+    Backend *backend = p->model->backend;
+    TRY(forward_layers(p));
+    LinearCrossEntropyArgs loss = args_loss(p);
+    TRY(backend->ops->linear_cross_entropy(backend, &loss));
+    return backward_layers(p);
+}
+
 Status model_forward_backward(Model *model, const MicroBatch *batch, const LossWeights *weights) {
     INVARIANT(model->options.training && batch->targets != NULL);
     INVARIANT(weights->token_count > 0); // a divisor of the router losses' gradients
     Pass p;
     TRY(forward_begin(model, batch, weights, &p));
-    TRY(forward_layers(&p));
-    LinearCrossEntropyArgs loss = args_loss(&p);
-    TRY(model->backend->ops->linear_cross_entropy(model->backend, &loss));
-    TRY(backward_layers(&p));
-    return STATUS_OK;
+    p.first_gradients = model->no_gradients_yet;
+    model->no_gradients_yet = false;
+    model->activations->router_tokens += (double)p.tokens;
+    return replay_run(model->replay, &p, run_pass);
 }

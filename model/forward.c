@@ -79,7 +79,6 @@ Status forward_layers(const Pass *p) {
     RmsNormArgs output = args_output_norm(p);
     TRY(backend->ops->rmsnorm_forward(backend, &output));
     TRY(observe(p, model->config.num_layers - 1, OBSERVE_LAYER_OUTPUT, output.x_out));
-    if (p->statistics) model->activations->router_tokens += (double)p->tokens;
     return STATUS_OK;
 }
 
@@ -124,6 +123,7 @@ Status forward_begin(Model *model, const MicroBatch *batch, const LossWeights *w
 Status model_forward(Model *model, const MicroBatch *batch) {
     Pass p;
     TRY(forward_begin(model, batch, NULL, &p));
+    model->activations->router_tokens += (double)p.tokens;
     TRY(forward_layers(&p));
     if (batch->targets) {
         LinearCrossEntropyArgs loss = args_loss(&p);

@@ -8,6 +8,7 @@
 #include <string.h>
 #include "model/activations.h"
 #include "model/op_args.h"
+#include "model/replay.h"
 
 // --- Planning ------------------------------------------------------------------------------------
 
@@ -93,10 +94,11 @@ static Status allocate(Model *model) {
         TRY(ops->alloc(backend, arena_bytes(model, DTYPE_F32), (void **)&model->master));
     else if (backend->compute_dtype == DTYPE_F32)
         model->master = model->params;
-    if (model->options.training)
+    if (model->options.training) {
         TRY(ops->alloc(backend, arena_bytes(model, backend->grad_dtype), &model->grads));
-    TRY(activations_allocate(model));
-    return STATUS_OK;
+        TRY(replay_create(&model->replay));
+    }
+    return activations_allocate(model);
 }
 
 Status model_create(Backend *backend, const ModelConfig *config, const ModelOptions *options,
@@ -115,6 +117,7 @@ Status model_create(Backend *backend, const ModelConfig *config, const ModelOpti
 void model_destroy(Model *model) {
     if (!model) return;
     Backend *backend = model->backend;
+    replay_free(model->replay, backend);
     activations_destroy(model);
     if (model->grads) backend->ops->release(backend, model->grads);
     if (model->master && model->master != model->params)
@@ -124,10 +127,22 @@ void model_destroy(Model *model) {
     free(model);
 }
 
+// Elements [begin, end) of the gradients.
+static Status zero_range(Model *model, int64_t begin, int64_t end) {
+    Backend *backend = model->backend;
+    const size_t first = tensor_table_copy_bytes(&model->table, backend->grad_dtype, begin);
+    const size_t last = tensor_table_copy_bytes(&model->table, backend->grad_dtype, end);
+    return backend->ops->zero(backend, (char *)model->grads + first, last - first);
+}
+
+// Everything but the matrices; the embedding is one only where it is the LM head, too.
 Status model_zero_gradients(Model *model) {
     INVARIANT(model->grads != NULL);
-    size_t bytes = arena_bytes(model, model->backend->grad_dtype);
-    return model->backend->ops->zero(model->backend, model->grads, bytes);
+    const TensorTable *table = &model->table;
+    model->no_gradients_yet = true;
+    if (table->lm_head != table->embed)
+        TRY(zero_range(model, table->embed, table->layers[0].qkv_weight));
+    return zero_range(model, table->vectors_begin, table->total);
 }
 
 void model_set_observer(Model *model, ModelObserver observer, void *context) {

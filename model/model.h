@@ -70,7 +70,9 @@ typedef struct Model {
                    // on other backends when not training
     void *grads;   // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
                    // NULL when not training
+    bool no_gradients_yet; // since model_zero_gradients: the next backward assigns the matrices'
     struct Activations *activations; // model/activations.h
+    struct Replay *replay;           // model/replay.h; NULL when not training
 } Model;
 
 // Adds exactly what model_create allocates, without allocating it: "parameters", "master weights"
@@ -91,6 +93,8 @@ Status model_init_random(Model *model, uint64_t seed, float stddev) NODISCARD;
 // lives.
 Status model_source(Model *model, TensorSource **out) NODISCARD;
 
+// The gradients count as zero from here on. Those of matrices still hold what they held: the next
+// model_forward_backward assigns them. Read none in between.
 Status model_zero_gradients(Model *model) NODISCARD;
 // A micro-batch holds up to micro_batch sequences of up to sequence_length tokens, or one sequence
 // of up to micro_batch * sequence_length.

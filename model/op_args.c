@@ -104,6 +104,7 @@ LinearArgs args_qkv(const Pass *p, int layer) {
         .out = a->layers[layer].qkv,
         .dout = a->d_qkv,
         .dx = a->d_normed,
+        .grad_assign = p->first_gradients,
         .grad_weight = gradient(m, offsets->qkv_weight),
         .grad_bias = gradient(m, offsets->qkv_bias),
     };
@@ -165,6 +166,7 @@ LinearArgs args_attention_output(const Pass *p, int layer) {
         .out = a->branch,
         .dout = a->d_stream,
         .dx = a->d_attention,
+        .grad_assign = p->first_gradients,
         .grad_weight = gradient(m, offset),
     };
 }
@@ -188,6 +190,7 @@ FfnArgs args_ffn(const Pass *p, int layer) {
         .activation = l->activation,
         .dout = a->d_stream,
         .dx = a->d_normed,
+        .grad_assign = p->first_gradients,
         .grad_gate_up = gradient(m, offsets->gate_up),
         .grad_down = gradient(m, offsets->down),
     };
@@ -257,6 +260,7 @@ MoeFfnArgs args_moe_ffn(const Pass *p, int layer) {
         .dout = a->d_stream,
         .dx = a->d_normed,
         .dgate = a->d_gate,
+        .grad_assign = p->first_gradients,
         .grad_gate_up = gradient(m, offsets->gate_up),
         .grad_down = gradient(m, offsets->down),
     };
@@ -284,6 +288,7 @@ LinearCrossEntropyArgs args_loss(const Pass *p) {
         args.grad_scale =
             p->weights->target_count > 0 ? (float)(1.0 / p->weights->target_count) : 0.0f;
         args.dx = a->d_normed;
+        args.grad_assign = p->first_gradients;
         args.grad_weight = gradient(m, m->table.lm_head);
     }
     return args;
@@ -356,8 +361,8 @@ size_t args_workspace_bytes(Model *model) {
     const ModelOptions *o = &model->options;
     int64_t tokens = o->micro_batch * o->sequence_length, elements = model->table.total;
     Need n = {.backend = model->backend};
-    Pass batch = {model, o->micro_batch, o->sequence_length, tokens, true, NULL, false};
-    Pass single = {model, 1, tokens, tokens, true, NULL, false};
+    Pass batch = {model, o->micro_batch, o->sequence_length, tokens, true, NULL, false, false};
+    Pass single = {model, 1, tokens, tokens, true, NULL, false, false};
     need_pass(&n, &batch);
     need_pass(&n, &single);
     if (o->training) {

@@ -14,6 +14,7 @@ typedef struct Pass {
     bool documents;                         // document_start is set
     const LossWeights *weights;             // NULL: forward only
     bool statistics;                        // adds to the sums
+    bool first_gradients; // of the step: those of matrices are assigned, not accumulated
 } Pass;
 
 EmbedArgs args_embed(const Pass *p);

@@ -61,35 +61,16 @@ static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const 
 // --- The walk ------------------------------------------------------------------------------------
 
 static void add_attention(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
-    const Tensor norm = {.role = ROLE_NORM, .layer = layer, .expert = -1};
     const Tensor weight = {.role = ROLE_QKV_WEIGHT, .layer = layer, .expert = -1};
-    const Tensor bias = {.role = ROLE_QKV_BIAS, .layer = layer, .expert = -1};
     const Tensor output = {.role = ROLE_O_WEIGHT, .layer = layer, .expert = -1};
-    int64_t q = (int64_t)c->num_heads * c->head_dim, kv = (int64_t)c->num_kv_heads * c->head_dim;
-    static const char names[3] = {'q', 'k', 'v'};
-    const int64_t rows[3] = {q, kv, kv};
-
-    at->input_norm = begin_group(b);
-    add(b, norm, c->hidden_size, 0, "model.layers.%d.input_layernorm.weight", layer);
+    const int64_t q = (int64_t)c->num_heads * c->head_dim;
+    const int64_t kv = (int64_t)c->num_kv_heads * c->head_dim;
     at->qkv_weight = begin_group(b);
-    for (int i = 0; i < 3; i++)
-        add(b, weight, rows[i], c->hidden_size, "model.layers.%d.self_attn.%c_proj.weight", layer,
-            names[i]);
-    if (c->qkv_bias) {
-        at->qkv_bias = begin_group(b);
-        for (int i = 0; i < 3; i++)
-            add(b, bias, rows[i], 0, "model.layers.%d.self_attn.%c_proj.bias", layer, names[i]);
-    }
-    if (c->qk_norm) {
-        at->q_norm = begin_group(b);
-        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.q_norm.weight", layer);
-        at->k_norm = begin_group(b);
-        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.k_norm.weight", layer);
-    }
+    add(b, weight, q, c->hidden_size, "model.layers.%d.self_attn.q_proj.weight", layer);
+    add(b, weight, kv, c->hidden_size, "model.layers.%d.self_attn.k_proj.weight", layer);
+    add(b, weight, kv, c->hidden_size, "model.layers.%d.self_attn.v_proj.weight", layer);
     at->o_weight = begin_group(b);
     add(b, output, c->hidden_size, q, "model.layers.%d.self_attn.o_proj.weight", layer);
-    at->post_norm = begin_group(b);
-    add(b, norm, c->hidden_size, 0, "model.layers.%d.post_attention_layernorm.weight", layer);
 }
 
 static void add_dense(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
@@ -122,9 +103,31 @@ static void add_experts(Builder *b, const ModelConfig *c, int layer, LayerOffset
     if (!b->overflow) b->skipped += (experts - c->layers[layer].top_k) * 3 * hidden * width;
 }
 
-static void walk(Builder *b, const ModelConfig *c) {
+static void add_vectors(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
+    const Tensor norm = {.role = ROLE_NORM, .layer = layer, .expert = -1};
+    const Tensor bias = {.role = ROLE_QKV_BIAS, .layer = layer, .expert = -1};
+    const int64_t q = (int64_t)c->num_heads * c->head_dim;
+    const int64_t kv = (int64_t)c->num_kv_heads * c->head_dim;
+    at->input_norm = begin_group(b);
+    add(b, norm, c->hidden_size, 0, "model.layers.%d.input_layernorm.weight", layer);
+    if (c->qkv_bias) {
+        at->qkv_bias = begin_group(b);
+        add(b, bias, q, 0, "model.layers.%d.self_attn.q_proj.bias", layer);
+        add(b, bias, kv, 0, "model.layers.%d.self_attn.k_proj.bias", layer);
+        add(b, bias, kv, 0, "model.layers.%d.self_attn.v_proj.bias", layer);
+    }
+    if (c->qk_norm) {
+        at->q_norm = begin_group(b);
+        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.q_norm.weight", layer);
+        at->k_norm = begin_group(b);
+        add(b, norm, c->head_dim, 0, "model.layers.%d.self_attn.k_norm.weight", layer);
+    }
+    at->post_norm = begin_group(b);
+    add(b, norm, c->hidden_size, 0, "model.layers.%d.post_attention_layernorm.weight", layer);
+}
+
+static void walk_matrices(Builder *b, const ModelConfig *c) {
     const Tensor embed = {.role = ROLE_EMBED, .layer = -1, .expert = -1};
-    const Tensor norm = {.role = ROLE_NORM, .layer = -1, .expert = -1};
     const Tensor head = {.role = ROLE_LM_HEAD, .layer = -1, .expert = -1};
     TensorTable *table = b->table;
     table->embed = begin_group(b);
@@ -138,13 +141,21 @@ static void walk(Builder *b, const ModelConfig *c) {
         else
             add_dense(b, c, layer, at);
     }
+    table->lm_head = table->embed;
+    if (c->tie_word_embeddings) return;
+    table->lm_head = begin_group(b);
+    add(b, head, c->vocab_size, c->hidden_size, "lm_head.weight");
+}
+
+static void walk(Builder *b, const ModelConfig *c) {
+    const Tensor norm = {.role = ROLE_NORM, .layer = -1, .expert = -1};
+    TensorTable *table = b->table;
+    walk_matrices(b, c);
+    table->vectors_begin = begin_group(b);
+    for (int layer = 0; layer < c->num_layers; layer++)
+        add_vectors(b, c, layer, &table->layers[layer]);
     table->final_norm = begin_group(b);
     add(b, norm, c->hidden_size, 0, "model.norm.weight");
-    table->lm_head = table->embed;
-    if (!c->tie_word_embeddings) {
-        table->lm_head = begin_group(b);
-        add(b, head, c->vocab_size, c->hidden_size, "lm_head.weight");
-    }
     table->router_begin = begin_group(b);
     for (int layer = 0; layer < c->num_layers; layer++) {
         if (!config_layer_is_moe(c, layer)) continue;

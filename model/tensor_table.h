@@ -3,10 +3,13 @@
 //
 // Order and packing. Tensors that one op reads as one matrix are neighbours without a gap, so that
 // q|k|v weights, q|k|v biases and gate|up weights need no copy under their Hugging Face names:
-//   embed, then per layer: input norm, qkv weights, qkv biases, q/k norms, o, post-attention norm,
-//   dense: gate, up, down   MoE: (gate, up) of expert 0, (gate, up) of expert 1, ..., all downs;
-//   final norm, lm_head (untied only), and at the very end the routers, which stay fp32 on every
-//   backend. Each packed group starts at a multiple of TENSOR_ALIGN elements.
+//   matrices  embed, then per layer: qkv, o, and dense: gate, up, down   MoE: (gate, up) of expert
+//             0, (gate, up) of expert 1, ..., all downs; lm_head (untied only)
+//   vectors   per layer: input norm, qkv biases, q/k norms, post-attention norm; final norm
+//   routers   which stay fp32 on every backend
+// Matrices lie together because their gradients are assigned by the first micro-batch of a step,
+// which leaves one short range to zero, and because the optimizer then makes few calls. Each packed
+// group starts at a multiple of TENSOR_ALIGN elements.
 // The arenas (parameters, gradients, m, v) share these element offsets; gaps hold zeros for ever.
 #ifndef MODEL_TENSOR_TABLE_H
 #define MODEL_TENSOR_TABLE_H
@@ -57,6 +60,7 @@ typedef struct TensorTable {
     LayerOffsets *layers;   // (num_layers)
     int num_layers;
     int64_t embed, final_norm, lm_head; // lm_head == embed when tied
+    int64_t vectors_begin;              // first element behind the matrices
     int64_t total;                      // elements of an arena, gaps included
     int64_t router_begin;               // first element of the fp32 tail; multiple of TENSOR_ALIGN
     int64_t parameters;                 // without gaps

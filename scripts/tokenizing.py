@@ -141,6 +141,14 @@ def translate(expression, letters, numbers):
     return re.compile("".join(out))
 
 
+def byte_level_alphabet():
+    """byte -> the character that stands for it in a byte-level vocabulary (GPT-2's rule): itself
+    where it prints, else the next one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {byte: byte for byte in printable} | {byte: 0x100 + i for i, byte in enumerate(others)}
+
+
 class Numbering(dict):
     """word -> its number; looking up a new word gives it the next one and notes it."""
 
@@ -158,7 +166,8 @@ class WordTable:
     """The ids of all words seen so far."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.model = tokenizer.model
+        self.alphabet = byte_level_alphabet()
         stable = list(stable_characters())
         category = {code: unicodedata.category(chr(code))[0] for code in stable}
         self.words = translate(split_expression(tokenizer),
@@ -209,7 +218,10 @@ class WordTable:
 
     def _learn(self):
         new, self.numbers.new = self.numbers.new, []
-        encoded = encode_slowly(self.tokenizer, new)
+        # What the tokenizer would do with a word, without its way there: no cutting, no normalizing.
+        encoded = [np.array([token.id for token in self.model.tokenize(
+            word.encode().decode("latin-1").translate(self.alphabet))], dtype=np.uint32)
+            for word in new]
         first = len(self.numbers) - len(new)
         begin = int(self.ends[first])
         ends = begin + np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))

@@ -24,7 +24,7 @@ static Backend *backend;
 FIXTURE void use_backend(void) {
     if (backend) return;
 #ifdef TEST_ON_GPU
-    const CudaOptions options = {.device = 0, .fp32 = true};
+    const CudaOptions options = {.device = 0, .fp32 = true, .graphs = true};
     Status status = backend_cuda(&options, &backend);
     if (status == STATUS_USAGE) { // no device: CTest's SKIP_RETURN_CODE
         printf("skipped: %s\n", status_message());

@@ -210,6 +210,11 @@ static void check_linear(Backend *backend, int64_t tokens, int in, int out, bool
     RUN_OP(backend, OP_LINEAR, linear_backward, &args);
     check_gradient("linear weight without dx", grad_weight, weight_before.f, r.weight,
                    linear_objective, &r, OPS_TOLERANCE);
+    args.grad_assign = true;
+    args.grad_weight = floats_poisoned(out * in);
+    RUN_OP(backend, OP_LINEAR, linear_backward, &args);
+    check_gradient("linear weight =", args.grad_weight, NULL, r.weight, linear_objective, &r,
+                   OPS_TOLERANCE);
 }
 
 START_TEST(linear_matches_reference) {

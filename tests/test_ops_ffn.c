@@ -68,6 +68,7 @@ static void check_ffn(Backend *backend, int64_t tokens, int hidden, int inner, b
                     keep ? floats_poisoned(tokens * inner) : NULL,
                     r.dout.f,
                     floats_poisoned(tokens * hidden),
+                    false,
                     floats_copied(gate_up_before),
                     floats_copied(down_before)};
     RUN_OP(backend, OP_FFN, ffn_forward, &args);
@@ -88,6 +89,13 @@ static void check_ffn(Backend *backend, int64_t tokens, int hidden, int inner, b
     check_equal("ffn dx", again.dx, args.dx, sizeof(float) * (size_t)(tokens * hidden));
     check_equal("ffn gate_up", again.grad_gate_up, args.grad_gate_up,
                 sizeof(float) * (size_t)(2 * inner * hidden));
+    again.grad_assign = true;
+    again.grad_gate_up = floats_poisoned(2 * inner * hidden);
+    again.grad_down = floats_poisoned(hidden * inner);
+    RUN_OP(backend, OP_FFN, ffn_backward, &again);
+    check_gradient("ffn gate_up =", again.grad_gate_up, NULL, r.gate_up, ffn_objective, &r,
+                   OPS_TOLERANCE);
+    check_gradient("ffn down =", again.grad_down, NULL, r.down, ffn_objective, &r, OPS_TOLERANCE);
     again.out = NULL; // only what backward reads
     again.gate_up = floats_poisoned(tokens * 2 * inner);
     again.activation = keep ? floats_poisoned(tokens * inner) : NULL;
@@ -204,6 +212,7 @@ static void check_moe(Backend *backend, int64_t tokens, int hidden, int inner, i
                        r.dout.f,
                        floats_poisoned(tokens * hidden),
                        floats_poisoned(rows),
+                       false,
                        floats_copied(gate_up_before),
                        floats_copied(down_before)};
     RUN_OP(backend, OP_MOE_FFN, moe_ffn_forward, &args);
@@ -227,6 +236,13 @@ static void check_moe(Backend *backend, int64_t tokens, int hidden, int inner, i
     check_equal("moe dgate", again.dgate, args.dgate, sizeof(float) * (size_t)rows);
     check_equal("moe down", again.grad_down, args.grad_down,
                 sizeof(float) * (size_t)(experts * matrix));
+    again.grad_assign = true;
+    again.grad_gate_up = floats_poisoned(experts * 2 * matrix);
+    again.grad_down = floats_poisoned(experts * matrix);
+    RUN_OP(backend, OP_MOE_FFN, moe_ffn_backward, &again);
+    check_gradient("moe gate_up =", again.grad_gate_up, NULL, r.gate_up, moe_objective, &r,
+                   OPS_TOLERANCE);
+    check_gradient("moe down =", again.grad_down, NULL, r.down, moe_objective, &r, OPS_TOLERANCE);
     again.out = NULL; // only what backward reads
     again.gate_up = floats_poisoned(rows * 2 * inner);
     RUN_OP(backend, OP_MOE_FFN, moe_ffn_forward, &again);

@@ -66,6 +66,7 @@ static void check_loss(Backend *backend, int64_t tokens, int hidden, int vocab, 
                                    &loss_count,
                                    floats_poisoned(tokens),
                                    floats_poisoned(tokens * hidden),
+                                   false,
                                    grad};
     RUN_OP(backend, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
     const double expected = loss_objective(&r) / r.scale;
@@ -81,6 +82,17 @@ static void check_loss(Backend *backend, int64_t tokens, int hidden, int vocab, 
     for (int64_t t = 0; t < tokens; t++) // ignored tokens get exactly nothing
         for (int h = 0; h < hidden && r.targets[t] < 0; h++)
             ck_assert(((float *)args.dx)[t * hidden + h] == 0.0f);
+
+    LinearCrossEntropyArgs assigned = args;
+    double unused[2] = {0, 0};
+    assigned.loss_sum = &unused[0];
+    assigned.loss_count = &unused[1];
+    assigned.grad_assign = true;
+    assigned.grad_weight = floats_poisoned((int64_t)vocab * hidden);
+    RUN_OP(backend, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &assigned);
+    if (count > 0)
+        check_gradient("loss weight =", assigned.grad_weight, NULL, r.weight, loss_objective, &r,
+                       OPS_TOLERANCE);
 
     // Without gradients: the same losses, bit for bit.
     double loss_only = 10, count_only = 20;
@@ -125,6 +137,7 @@ START_TEST(all_targets_ignored) {
                                    &count,
                                    floats_poisoned(4),
                                    floats_poisoned(12),
+                                   false,
                                    grad};
     RUN_OP(backend, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
     ck_assert(sum == 0 && count == 0);
@@ -162,7 +175,8 @@ START_TEST(large_logits) {
     int32_t targets[1] = {1};
     double sum = 0, count = 0;
     float dx[1] = {NAN}, grad[3] = {0};
-    LinearCrossEntropyArgs args = {1, 1, 3, 0, x, weight, targets, 1, &sum, &count, NULL, dx, grad};
+    LinearCrossEntropyArgs args = {1, 1,    3,      0,    x,  weight, targets,
+                                   1, &sum, &count, NULL, dx, false,  grad};
     RUN_OP(backend, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
     ck_assert_double_eq_tol(sum, 20000, 0.01); // fp32 logits of 1e4
     ck_assert(isfinite(dx[0]) && grad[1] == -100.0f);
@@ -175,19 +189,13 @@ START_TEST(nan_reaches_the_loss) {
     weight.f[20] = NAN;
     int32_t targets[3] = {0, 1, 2};
     double sum = 0, count = 0;
-    LinearCrossEntropyArgs args = {3,
-                                   2,
-                                   40,
-                                   0,
-                                   x.f,
-                                   weight.f,
-                                   targets,
-                                   1,
-                                   &sum,
-                                   &count,
-                                   NULL,
-                                   floats_poisoned(6),
-                                   floats_filled(80, 0)};
+    LinearCrossEntropyArgs args = {3,       2,
+                                   40,      0,
+                                   x.f,     weight.f,
+                                   targets, 1,
+                                   &sum,    &count,
+                                   NULL,    floats_poisoned(6),
+                                   false,   floats_filled(80, 0)};
     RUN_OP(backend, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
     ck_assert(isnan(sum));
 }

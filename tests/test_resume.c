@@ -74,8 +74,8 @@ typedef struct Trigger {
 static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
     Trigger *trigger = context;
     (void)op, (void)path, (void)bytes;
-    // The run is what is interrupted. A process that checks a shard for it has a copy of the trigger
-    // and reaches the number, too, when it starts just before.
+    // The run is what is interrupted. A process that checks a shard for it has a copy of the
+    // trigger and reaches the number, too, when it starts just before.
     if (trigger->run == 0) trigger->run = getpid();
     if (trigger->run != getpid()) return 0;
     // Two threads do I/O; which of them hits the number does not matter.

@@ -118,10 +118,11 @@ START_TEST(groups_are_packed_and_aligned) {
     }
     ck_assert_int_eq(offset_of(&table, "model.layers.1.mlp.gate.weight"), moe->router);
     ck_assert_int_ge(moe->router, table.router_begin);
-    const int64_t groups[] = {
-        dense->input_norm,  dense->qkv_weight, dense->qkv_bias, dense->o_weight, dense->post_norm,
-        dense->gate_up,     dense->down,       moe->gate_up,    moe->down,       moe->router,
-        table.router_begin, table.final_norm,  table.lm_head,   table.total};
+    const int64_t groups[] = {dense->input_norm, dense->qkv_weight,   dense->qkv_bias,
+                              dense->o_weight,   dense->post_norm,    dense->gate_up,
+                              dense->down,       moe->gate_up,        moe->down,
+                              moe->router,       table.router_begin,  table.final_norm,
+                              table.lm_head,     table.vectors_begin, table.total};
     for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++)
         ck_assert_int_eq(groups[i] % TENSOR_ALIGN, 0);
     tensor_table_free(&table);
@@ -139,6 +140,8 @@ START_TEST(tensors_tile_the_arena) {
         ck_assert_int_ge(tensor->offset, end);
         ck_assert_int_lt(tensor->offset - end, TENSOR_ALIGN);
         ck_assert_int_eq(tensor->role == ROLE_ROUTER, tensor->offset >= table.router_begin);
+        const bool matrix = tensor->ndim == 2 && tensor->role != ROLE_ROUTER;
+        ck_assert_int_eq(matrix, tensor->offset < table.vectors_begin);
         ck_assert_ptr_eq(tensor_table_find(&table, tensor->name), tensor);
         int64_t count = tensor->shape[0] * (tensor->ndim == 2 ? tensor->shape[1] : 1);
         ck_assert_int_eq(tensor->count, count);

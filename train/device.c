@@ -33,7 +33,10 @@ Status device_check(int choice) {
 }
 
 static Status open_gpu(const DeviceOptions *options, Backend **out) {
-    CudaOptions cuda = {.device = GPU, .fp32 = options->fp32};
+    CudaOptions cuda = {.device = GPU,
+                        .fp32 = options->fp32,
+                        .graphs = options->graphs,
+                        .any_order = options->any_order};
     TRY(with_choice(backend_cuda(&cuda, out), options->choice));
     return STATUS_OK;
 }

@@ -6,9 +6,11 @@
 #include "model/backend.h"
 
 typedef struct DeviceOptions {
-    int choice;  // DEVICE_*
-    int threads; // of the CPU backend, as for backend_cpu
-    bool fp32;   // on a GPU: fp32 instead of bf16
+    int choice;     // DEVICE_*
+    int threads;    // of the CPU backend, as for backend_cpu
+    bool fp32;      // on a GPU: fp32 instead of bf16
+    bool graphs;    // on a GPU: dense passes are recorded and replayed
+    bool any_order; // on a GPU: not the same bits in every run
 } DeviceOptions;
 
 // "cpu", or "cpu, cuda": what this build has.

@@ -19,7 +19,9 @@ enum { CONFIG_JSON_MAX = 16 << 20 };
 Status prepare_backend(const Recipe *recipe, Backend **out) {
     DeviceOptions options = {.choice = recipe->run_device,
                              .threads = (int)recipe->run_threads,
-                             .fp32 = recipe->run_gpu_precision == PRECISION_FP32};
+                             .fp32 = recipe->run_gpu_precision == PRECISION_FP32,
+                             .graphs = recipe->run_gpu_graphs,
+                             .any_order = !recipe->run_deterministic};
     return device_open(&options, out);
 }
 

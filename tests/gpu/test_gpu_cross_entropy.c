@@ -90,17 +90,20 @@ static void check_loss_only(Backend *gpu, const Shape *s, Operands *o, const cha
 
 static void check_repeats(Backend *gpu, const Shape *s, Operands *o, const char *text) {
     Pair dx = pair_poisoned(gpu, gpu->compute_dtype, o->dx.count);
-    Pair grads[2];
+    Pair grads[3]; // twice added to zeros, and assigned
     LinearCrossEntropyArgs args = args_of(s, o, true);
-    for (int i = 0; i < 2; i++) {
-        grads[i] = pair_filled(gpu, gpu->grad_dtype, o->grad_weight.count, 0.0f);
+    for (int i = 0; i < 3; i++) {
+        args.grad_assign = i == 2;
+        grads[i] = i < 2 ? pair_filled(gpu, gpu->grad_dtype, o->grad_weight.count, 0.0f)
+                         : pair_poisoned(gpu, gpu->grad_dtype, o->grad_weight.count);
         args.grad_weight = grads[i].gpu;
         args.dx = dx.gpu;
         GPU_RUN(gpu, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
     }
     pair_check_same_bits(&dx, &o->dx, text, "dx");
     pair_check_same_bits(&grads[0], &grads[1], text, "grad_weight");
-    Pair *all[] = {&dx, &grads[0], &grads[1]};
+    pair_check_same_bits(&grads[0], &grads[2], text, "grad_weight assigned");
+    Pair *all[] = {&dx, &grads[0], &grads[1], &grads[2]};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) pair_free(all[i]);
 }
 

@@ -69,6 +69,25 @@ static void check_without_out(Backend *gpu, const Shape *s, const Operands *o, b
     pair_free(&activation);
 }
 
+// A second backward gives the same dx; with grad_assign it needs no gradients to add to.
+static void check_again(Backend *gpu, const Shape *s, const Operands *o, bool keep,
+                        const char *text) {
+    const double tolerance = gpu_tolerance(gpu->compute_dtype);
+    Operands again = *o;
+    again.dx = pair_poisoned(gpu, o->dx.dtype, o->dx.count);
+    again.grad_gate_up = pair_poisoned(gpu, o->grad_gate_up.dtype, o->grad_gate_up.count);
+    again.grad_down = pair_poisoned(gpu, o->grad_down.dtype, o->grad_down.count);
+    FfnArgs cpu_args = args_of(s, &again, false, keep), gpu_args = args_of(s, &again, true, keep);
+    cpu_args.grad_assign = gpu_args.grad_assign = true;
+    GPU_RUN(gpu_reference(), OP_FFN, ffn_backward, &cpu_args);
+    GPU_RUN(gpu, OP_FFN, ffn_backward, &gpu_args);
+    pair_check_same_bits(&again.dx, &o->dx, text, "dx");
+    pair_check(&again.grad_gate_up, tolerance, text, "grad_gate_up assigned");
+    pair_check(&again.grad_down, tolerance, text, "grad_down assigned");
+    Pair *all[] = {&again.dx, &again.grad_gate_up, &again.grad_down};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) pair_free(all[i]);
+}
+
 static void check_shape(Backend *gpu, const Shape *s, bool keep) {
     const double tolerance = gpu_tolerance(gpu->compute_dtype);
     char text[128];
@@ -89,11 +108,7 @@ static void check_shape(Backend *gpu, const Shape *s, bool keep) {
     pair_check(&o.grad_gate_up, tolerance, text, "grad_gate_up");
     pair_check(&o.grad_down, tolerance, text, "grad_down");
 
-    Pair again = pair_poisoned(gpu, gpu->compute_dtype, o.dx.count);
-    gpu_args.dx = again.gpu;
-    GPU_RUN(gpu, OP_FFN, ffn_backward, &gpu_args);
-    pair_check_same_bits(&again, &o.dx, text, "dx");
-    pair_free(&again);
+    check_again(gpu, s, &o, keep, text);
     free_operands(&o);
 }
 

@@ -93,6 +93,23 @@ static void check_backward(const Shape *s, Operands *o, const char *text) {
     }
 }
 
+// The gradients of every expert are assigned, zeros for one without rows.
+static void check_assigned(const Shape *s, const Operands *o, const char *text) {
+    Backend *gpu = o->x.backend;
+    const double tolerance = gpu_tolerance(gpu->compute_dtype);
+    Operands assigned = *o;
+    assigned.grad_gate_up = pair_poisoned(gpu, o->grad_gate_up.dtype, o->grad_gate_up.count);
+    assigned.grad_down = pair_poisoned(gpu, o->grad_down.dtype, o->grad_down.count);
+    MoeFfnArgs cpu_args = args_of(s, &assigned, false), gpu_args = args_of(s, &assigned, true);
+    cpu_args.grad_assign = gpu_args.grad_assign = true;
+    GPU_RUN(gpu_reference(), OP_MOE_FFN, moe_ffn_backward, &cpu_args);
+    GPU_RUN(gpu, OP_MOE_FFN, moe_ffn_backward, &gpu_args);
+    pair_check(&assigned.grad_gate_up, tolerance, text, "grad_gate_up assigned");
+    pair_check(&assigned.grad_down, tolerance, text, "grad_down assigned");
+    pair_free(&assigned.grad_gate_up);
+    pair_free(&assigned.grad_down);
+}
+
 static void check_shape(Backend *gpu, const Shape *s) {
     static const char *const spreads[] = {"even", "one", "half", "gaps"};
     const double tolerance = gpu_tolerance(gpu->compute_dtype);
@@ -112,6 +129,7 @@ static void check_shape(Backend *gpu, const Shape *s) {
     pair_check_same_bits(&gate_up, &o.gate_up, text, "gate_up without out");
     pair_free(&gate_up);
     check_backward(s, &o, text);
+    check_assigned(s, &o, text);
     free_operands(&o);
 }
 
