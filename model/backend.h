@@ -292,6 +292,15 @@ typedef struct BackendOps {
     // Device memory that is free now, and all of it; both 0 where it is the machine's own memory.
     Status (*memory)(Backend *, uint64_t *free_bytes, uint64_t *total_bytes) NODISCARD;
 
+    // Time. timestamp notes in slot 0, 1, ... when the compute stream gets there, without waiting
+    // for it; the backend grows its slots to the largest number asked for. elapsed_ms is the time
+    // between two slots that have been noted, after synchronize.
+    Status (*timestamp)(Backend *, int64_t slot) NODISCARD;
+    Status (*elapsed_ms)(Backend *, int64_t from, int64_t to, double *ms) NODISCARD;
+    // Opens a named range for the tools that draw time lines (NVTX on an NVIDIA GPU, nothing
+    // elsewhere); NULL closes the innermost. Costs next to nothing when no tool looks.
+    void (*range)(Backend *, const char *name);
+
     size_t (*workspace_bytes)(Backend *, OpKind op, const void *args);
     void (*set_workspace)(Backend *, void *device, size_t bytes);
 
