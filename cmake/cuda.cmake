@@ -32,6 +32,7 @@ if(D2M_CUDA_FOUND)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
   set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h")
+  find_path(NVTX_INCLUDE_DIR nvtx3/nvToolsExt.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
   file(GLOB venv_include ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/include)
   find_path(CUDNN_FRONTEND_INCLUDE_DIR cudnn_frontend.h HINTS ${D2M_CUDNN_FRONTEND} ${venv_include}
     PATH_SUFFIXES include)
@@ -63,9 +64,17 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
   else()
     set(cudnn_found "not found: attention uses the own kernels")
   endif()
+  if(NVTX_INCLUDE_DIR) # headers only; they load the tool, if one is attached
+    target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_NVTX=1)
+    target_include_directories(d2m_cuda SYSTEM PRIVATE ${NVTX_INCLUDE_DIR})
+    target_link_libraries(d2m_cuda PUBLIC ${CMAKE_DL_LIBS})
+    set(nvtx_found "${NVTX_INCLUDE_DIR}")
+  else()
+    set(nvtx_found "not found: time lines of Nsight Systems have no named ranges")
+  endif()
   list(APPEND backends d2m_cuda)
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, "
-    "cuDNN ${cudnn_found}")
+    "cuDNN ${cudnn_found}; NVTX ${nvtx_found}")
 
   # GPU tests: tests/gpu/test_gpu_<family>.c, label `gpu`; without a device they exit 77 = skipped.
   if(D2M_TESTS)

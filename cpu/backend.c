@@ -52,6 +52,7 @@ static void set_workspace(Backend *backend, void *device, size_t bytes) {
 }
 
 static void destroy(Backend *backend) {
+    free(((CpuBackend *)backend)->stamps_ns);
     free(backend);
 }
 
@@ -66,6 +67,9 @@ static const BackendOps cpu_ops = {
     .zero = cpu_zero,
     .synchronize = synchronize,
     .memory = memory,
+    .timestamp = cpu_timestamp,
+    .elapsed_ms = cpu_elapsed_ms,
+    .range = cpu_range,
     .workspace_bytes = workspace_bytes,
     .set_workspace = set_workspace,
     .embed_forward = cpu_embed_forward,

@@ -22,6 +22,8 @@ typedef struct CpuBackend {
     Backend base; // first, so that a Backend * is a CpuBackend *
     char *workspace;
     size_t workspace_bytes;
+    int64_t *stamps_ns; // (num_stamps) of timestamp()
+    int64_t num_stamps;
 } CpuBackend;
 
 typedef struct Workspace {
@@ -74,6 +76,11 @@ Status cpu_alloc(Backend *backend, size_t bytes, void **out) NODISCARD;
 void cpu_release(Backend *backend, void *pointer);
 Status cpu_copy(Backend *backend, void *to, const void *from, size_t bytes) NODISCARD;
 Status cpu_zero(Backend *backend, void *memory, size_t bytes) NODISCARD;
+
+// --- Time (trace.c) -----------------------------------------------------------------------------
+Status cpu_timestamp(Backend *backend, int64_t slot) NODISCARD;
+Status cpu_elapsed_ms(Backend *backend, int64_t from, int64_t to, double *ms) NODISCARD;
+void cpu_range(Backend *backend, const char *name);
 
 // --- Ops, one family per file -------------------------------------------------------------------
 // x_workspace says what x needs, forward and backward alike.

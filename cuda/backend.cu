@@ -194,6 +194,7 @@ static void destroy(Backend *base) {
     gemm_cache_destroy(b);
     attention_cache_destroy(b);
     counts_cache_destroy(b);
+    trace_destroy(b);
     for (int i = 0; i < CUDA_SIDE_STREAMS; i++) {
         if (b->join_event[i]) cudaEventDestroy(b->join_event[i]);
         if (b->side[i]) cudaStreamDestroy(b->side[i]);
@@ -226,6 +227,9 @@ static const BackendOps ops = {
     .capture_end = cuda_capture_end,
     .graph_launch = cuda_graph_launch,
     .graph_release = cuda_graph_release,
+    .timestamp = cuda_timestamp,
+    .elapsed_ms = cuda_elapsed_ms,
+    .range = cuda_range,
     .workspace_bytes = workspace_bytes,
     .set_workspace = set_workspace,
     .embed_forward = cuda_embed_forward,

@@ -62,6 +62,8 @@ typedef struct CudaBackend {
     uint64_t *bad_id;
     uint64_t *host_bad_id;  // pinned copy
     const char *current_op; // named when a CUDA call fails
+    cudaEvent_t *stamps;    // (num_stamps) of timestamp(), created when first asked for
+    int64_t num_stamps;
 } CudaBackend;
 
 static inline CudaBackend *cuda_of(Backend *backend) {
@@ -128,6 +130,12 @@ void gemm_cache_destroy(CudaBackend *backend);
 // --- attention_cudnn.cpp (empty functions when the build has no cuDNN) --------------------------
 Status attention_cache_create(CudaBackend *backend) NODISCARD;
 void attention_cache_destroy(CudaBackend *backend);
+
+// --- trace.cu -----------------------------------------------------------------------------------
+Status cuda_timestamp(Backend *, int64_t slot);
+Status cuda_elapsed_ms(Backend *, int64_t from, int64_t to, double *ms);
+void cuda_range(Backend *, const char *name);
+void trace_destroy(CudaBackend *backend);
 
 // --- Ops, by file ---------------------------------------------------------------------------
 

@@ -306,6 +306,14 @@ typedef struct BackendOps {
     Status (*capture_end)(Backend *, bool keep, void **out) NODISCARD;
     Status (*graph_launch)(Backend *, void *graph) NODISCARD;
     void (*graph_release)(Backend *, void *graph);
+    // Time. timestamp notes in slot 0, 1, ... when the compute stream gets there, without waiting
+    // for it; the backend grows its slots to the largest number asked for. elapsed_ms is the time
+    // between two slots that have been noted, after synchronize.
+    Status (*timestamp)(Backend *, int64_t slot) NODISCARD;
+    Status (*elapsed_ms)(Backend *, int64_t from, int64_t to, double *ms) NODISCARD;
+    // Opens a named range for the tools that draw time lines (NVTX on an NVIDIA GPU, nothing
+    // elsewhere); NULL closes the innermost. Costs next to nothing when no tool looks.
+    void (*range)(Backend *, const char *name);
 
     size_t (*workspace_bytes)(Backend *, OpKind op, const void *args);
     void (*set_workspace)(Backend *, void *device, size_t bytes);

@@ -44,6 +44,10 @@ expect 2 "--set needs a value" "$train" --set
 expect 2 "unexpected argument x.ini" "$train" x.ini
 expect 2 "given twice" "$train" --recipe a --recipe b
 expect 2 "exclude each other" "$train" --recipe quickstart_dense --dry-run --plan-only
+expect 2 "exclude each other" "$train" --recipe quickstart_dense --dry-run --profile 3
+expect 2 "--profile 0: expected a number of steps" "$train" --recipe quickstart_dense --profile 0
+expect 2 "--profile 3x: expected a number of steps" "$train" --recipe quickstart_dense --profile 3x
+expect 2 "--profile needs a value" "$train" --recipe quickstart_dense --profile
 expect 2 "did you mean [train]?" "$train" --recipe quickstart_dense --set trian.steps=1
 if "$train" --version | grep -q cuda; then # no device here: the rest of this file is for the CPU
     CUDA_VISIBLE_DEVICES='' expect 2 "use --device cpu" \
@@ -56,10 +60,13 @@ expect 2 "--plan-only needs a recipe with lfuc.enabled" \
     "$train" --recipe quickstart_dense --plan-only
 says "usage: train" "$train" --help
 says "prune_layers = 5" "$train" --help
+says "--profile N" "$train" --help
 says "dense2moe train" "$train" --version
 
 # --- train: recipes ----------------------------------------------------------------------------
 expect 66 "no-such.ini" "$train" --recipe no-such.ini
+expect 66 "no-such-shards" "$train" --recipe quickstart_dense --device cpu --profile 3 \
+    --set data.train=no-such-shards
 expect 66 "./quickstart_dense.ini" "$train" --recipe ./quickstart_dense.ini
 printf '[train]\nsteps = 3\nstpes = 4\n' >bad.ini
 expect 2 "bad.ini:3: unknown key 'stpes' in [train]; did you mean 'steps'?" "$train" --recipe bad

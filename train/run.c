@@ -51,13 +51,14 @@ static Status stopped(Trainer *t) {
 static Status train(Trainer *t) {
     TRY(resume_choose(t));
     if (t->resume_step > 0) t->saved_step = t->resume_step;
-    if (run_is_finished(t)) {
+    if (!t->profile && run_is_finished(t)) {
         log_info("step %" PRId64 " of %" PRId64 " is already reached and exported in %s; raise "
                  "train.steps or train.tokens to go on",
                  t->resume_step, t->total_steps, t->dir.path);
         return STATUS_OK;
     }
     TRY(trainer_open(t));
+    if (t->profile) return run_profile(t);
     TRY(train_loop(t));
     TRY(save_finally(t));
     if (stop_requested()) return stopped(t);
@@ -80,8 +81,16 @@ static void record_end(Trainer *t, Status code) {
     if (code != STATUS_OK) status_put(&record);
 }
 
+// A profile has a directory of its own, so that it can never come between a run and its
+// checkpoints.
+static Status open_directory(Trainer *t) {
+    char name[RECIPE_TEXT_MAX], own[RECIPE_TEXT_MAX + sizeof PROFILE_SUFFIX];
+    TRY(recipe_run_name(t->recipe, name, sizeof name));
+    snprintf(own, sizeof own, "%s%s", name, t->profile ? PROFILE_SUFFIX : "");
+    return rundir_open(&t->dir, t->recipe->run_directory, own);
+}
+
 Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
-    char name[RECIPE_TEXT_MAX];
     Trainer *t = calloc(1, sizeof *t);
     if (!t) FAIL(STATUS_INTERNAL, "out of memory for the run");
     Status status = STATUS_OK;
@@ -90,9 +99,12 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     t->backend = backend;
     t->saved_step = t->saving_step = -1;
     t->total_steps = recipe_steps(recipe);
-    TRY_GOTO(recipe_run_name(recipe, name, sizeof name), done);
     TRY_GOTO(recipe_print(recipe, &t->recipe_text), done);
-    TRY_GOTO(rundir_open(&t->dir, recipe->run_directory, name), done);
+    if (options->profile_steps > 0) {
+        TRY_GOTO(profile_create(backend, &t->profile), done);
+        t->backend = profile_backend(t->profile);
+    }
+    TRY_GOTO(open_directory(t), done);
     stop_signal_install();
     status = io_path(t->checkpoints, "%s/checkpoints", t->dir.path);
     if (status == STATUS_OK) status = train(t);
@@ -100,9 +112,11 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     trainer_close(t);
     stop_signal_restore();
     rundir_close(&t->dir);
+    profile_destroy(t->profile);
     free(t);
     return status;
 done:
+    profile_destroy(t->profile);
     free(t->recipe_text);
     free(t);
     return status;

@@ -17,6 +17,7 @@ typedef enum ResumeMode { RESUME_AUTO, RESUME_NEVER, RESUME_FROM } ResumeMode;
 typedef struct RunOptions {
     ResumeMode resume;
     const char *resume_path; // RESUME_FROM: a checkpoint directory, or a run directory
+    int64_t profile_steps;   // > 0: times that many steps and does nothing else (run_profile.c)
 } RunOptions;
 
 // --- prepare.c: from a recipe to what the run works with ---------------------------------------

@@ -99,7 +99,7 @@ static void say_what_starts(const Trainer *t) {
     if (t->resume_state)
         log_info("continuing %s at step %" PRId64 " of %" PRId64, t->resume_path, t->state.step,
                  t->total_steps);
-    else
+    else if (!t->profile)
         log_info("training %" PRId64 " steps of %" PRId64 " tokens", t->total_steps,
                  recipe_tokens_per_step(t->recipe));
 }
@@ -119,7 +119,7 @@ Status trainer_open(Trainer *t) {
     TRY_GOTO(memory_check(r, t->backend, &t->config), done);
     TRY_GOTO(open_model(t, source), done);
     TRY_GOTO(resume_set_aside(t), done);
-    TRY_GOTO(open_checkpoints(t), done);
+    if (!t->profile) TRY_GOTO(open_checkpoints(t), done);
     TRY_GOTO(write_resolved_recipe(t), done);
     TRY_GOTO(
         report_open(t->dir.path, &t->config, t->resume_step, r->report_tensorboard, &t->report),

@@ -100,18 +100,33 @@ static void show_progress(Trainer *t, double loss) {
                     seconds * (double)(t->total_steps - t->state.step));
 }
 
+// A named part of the step on the time line of a tool; NULL ends it. A failed step leaves its range
+// open, and the run ends.
+static void range(Trainer *t, const char *name) {
+    t->backend->ops->range(t->backend, name);
+}
+
+static Status update(Trainer *t, const StepBatch *batch, StepLosses *losses) {
+    TRY(measure(t, losses));
+    SkipReason reason = skip_rule_decide(&t->state.skip, losses->total, losses->norm);
+    return reason == SKIP_NONE ? keep(t, losses) : skip(t, batch, reason, losses);
+}
+
 Status train_step(Trainer *t) {
     const StepBatch *batch;
     StepLosses losses;
     double start = clock_seconds();
+    range(t, "step");
+    range(t, "wait for data");
     TRY(loader_next(t->loader, &batch));
+    range(t, NULL);
+    range(t, "forward and backward");
     TRY(forward_backward(t, batch));
-    TRY(measure(t, &losses));
-    SkipReason reason = skip_rule_decide(&t->state.skip, losses.total, losses.norm);
-    if (reason == SKIP_NONE)
-        TRY(keep(t, &losses));
-    else
-        TRY(skip(t, batch, reason, &losses));
+    range(t, NULL);
+    range(t, "optimizer");
+    TRY(update(t, batch, &losses));
+    range(t, NULL);
+    range(t, NULL);
     t->state.step++;
     t->state.tokens += recipe_tokens_per_step(t->recipe);
     t->state.data = batch->after;

@@ -1,4 +1,5 @@
-// The program `train`: arguments, then one of dry run, plan, surgery or training.
+// The program `train`: arguments, then one of dry run, plan, surgery, profile or training.
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,7 +10,7 @@
 #include "train/recipe_table.h"
 #include "train/run.h"
 
-enum { MAX_OVERRIDES = 256 };
+enum { MAX_OVERRIDES = 256, MAX_PROFILE_STEPS = 1000 };
 
 typedef struct Arguments {
     const char *recipe;
@@ -37,6 +38,8 @@ static const char usage_text[] =
     "  --dry-run                print recipe, plan, parameters, memory, steps; do nothing\n"
     "  --plan-only              measure and choose the layers to fuse, write the plan, stop\n"
     "  --surgery-only           also write the fused, untrained model to <run>/surgery, stop\n"
+    "  --profile N              time N training steps op by op, print the table, stop; uses the\n"
+    "                           directory <run>-profile and leaves the run itself alone\n"
     "  --help, --version\n"
     "\n"
     "Exit codes: 0 done, 2 usage, 65 bad data, 66 missing input, 70 internal, 73 cannot write,\n"
@@ -54,6 +57,7 @@ static const struct option options[] = {
     {"dry-run", no_argument, NULL, 'n'},
     {"plan-only", no_argument, NULL, 'p'},
     {"surgery-only", no_argument, NULL, 'o'},
+    {"profile", required_argument, NULL, 't'},
     {"help", no_argument, NULL, 'h'},
     {"version", no_argument, NULL, 'v'},
     {"print-settings-markdown", no_argument, NULL, 'm'}, // makes docs/recipe.md; not in --help
@@ -65,6 +69,17 @@ static void read_resume(const char *text, RunOptions *run) {
                   : strcmp(text, "never") == 0 ? RESUME_NEVER
                                                : RESUME_FROM;
     run->resume_path = run->resume == RESUME_FROM ? text : NULL;
+}
+
+static Status read_profile(const char *text, RunOptions *run) {
+    char *end;
+    errno = 0;
+    long long steps = strtoll(text, &end, 10);
+    if (errno || end == text || *end || steps < 1 || steps > MAX_PROFILE_STEPS)
+        FAIL(STATUS_USAGE, "--profile %.32s: expected a number of steps from 1 to %d", text,
+             MAX_PROFILE_STEPS);
+    run->profile_steps = steps;
+    return STATUS_OK;
 }
 
 static Status read_option(int option, Arguments *arguments) {
@@ -96,6 +111,8 @@ static Status read_option(int option, Arguments *arguments) {
     case 'o':
         arguments->surgery_only = true;
         break;
+    case 't':
+        return read_profile(optarg, &arguments->run);
     case 'h':
         arguments->help = true;
         break;
@@ -134,8 +151,10 @@ static Status read_arguments(int argc, char **argv, Arguments *arguments) {
     if (optind < argc)
         FAIL(STATUS_USAGE, "unexpected argument %s; a recipe is given with --recipe %s",
              argv[optind], argv[optind]);
-    if (arguments->dry_run + arguments->plan_only + arguments->surgery_only > 1)
-        FAIL(STATUS_USAGE, "--dry-run, --plan-only and --surgery-only exclude each other");
+    bool profile = arguments->run.profile_steps > 0;
+    if (arguments->dry_run + arguments->plan_only + arguments->surgery_only + profile > 1)
+        FAIL(STATUS_USAGE,
+             "--dry-run, --plan-only, --surgery-only and --profile exclude each other");
     return STATUS_OK;
 }
 

@@ -5,6 +5,7 @@
 //   run_step.c     one optimizer step
 //   run_save.c     checkpoints in the background and what their failures mean
 //   run_finish.c   evaluation, export, the last line
+//   run_profile.c  --profile: steps timed op by op instead of all that
 #ifndef TRAIN_TRAINER_H
 #define TRAIN_TRAINER_H
 
@@ -17,16 +18,19 @@
 #include "optim/optimizer.h"
 #include "optim/schedule.h"
 #include "train/checkpoint.h"
+#include "train/profile.h"
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
 
-#define RESULT_NAME "result.json" // <run>/result.json: written when everything is done
+#define RESULT_NAME    "result.json" // <run>/result.json: written when everything is done
+#define PROFILE_SUFFIX "-profile"    // of the run's name with --profile
 
 typedef struct Trainer {
     const Recipe *recipe;
     const RunOptions *options;
-    Backend *backend; // not owned
+    Backend *backend; // not owned; with --profile the profile's
+    Profile *profile; // NULL without --profile
     RunDir dir;
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
@@ -97,5 +101,8 @@ Status evaluate_if_due(Trainer *t) NODISCARD;
 Status finish_run(Trainer *t) NODISCARD;
 // True when an earlier attempt has already done everything that this recipe asks for.
 bool run_is_finished(const Trainer *t);
+
+// run_profile.c
+Status run_profile(Trainer *t) NODISCARD;
 
 #endif
