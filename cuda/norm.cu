@@ -264,7 +264,7 @@ static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_GROUPS)
     const int64_t column = (int64_t)blockIdx.x * SUM_COLUMNS + threadIdx.x;
     float sum = 0.0f;
     if (column < columns) {
-#pragma unroll 4
+#pragma unroll 16
         for (int64_t r = threadIdx.y; r < rows; r += SUM_GROUPS) sum += parts[r * stride + column];
     }
     groups[threadIdx.y][threadIdx.x] = sum;

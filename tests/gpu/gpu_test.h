@@ -41,17 +41,20 @@ static uint64_t gpu_stream_ = 1;
         }                                                                                          \
     } while (0)
 
-// The GPU backend in fp32 or bf16; ends the program where there is no device.
-static inline Backend *gpu_backend(bool fp32) {
-    CudaOptions options = {.device = 0, .fp32 = fp32};
+// The GPU backend; ends the program where there is no device.
+static inline Backend *gpu_backend_with(const CudaOptions *options) {
     Backend *backend = NULL;
-    Status status = backend_cuda(&options, &backend);
+    Status status = backend_cuda(options, &backend);
     if (status == STATUS_USAGE) {
         printf("skipped: %s\n", status_message());
         exit(GPU_SKIP_CODE);
     }
     GPU_OK(status);
     return backend;
+}
+static inline Backend *gpu_backend(bool fp32) {
+    const CudaOptions options = {.device = 0, .fp32 = fp32};
+    return gpu_backend_with(&options);
 }
 static inline Backend *gpu_reference(void) {
     static Backend *backend;
