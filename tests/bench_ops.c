@@ -309,6 +309,11 @@ static void bench_loss_and_update(const Shape *s) {
                        .grad_scale = 1,
                        .step = 1};
     BENCH("adamw, 16 M parameters", OP_ADAMW, adamw, &adamw, 0, 28.0 * (double)parameters);
+    AdamwArgs narrow = adamw;
+    narrow.state_dtype = DTYPE_BF16; // in the same memory, from zero on
+    memset(narrow.m, 0, (size_t)parameters * 2);
+    memset(narrow.v, 0, (size_t)parameters * 2);
+    BENCH("adamw, bf16 moments", OP_ADAMW, adamw, &narrow, 0, 20.0 * (double)parameters);
     if (strncmp("norm2", only, strlen(only)) == 0) {
         double sums[2] = {0, 0}, best = INFINITY;
         for (int i = 0; i < 2 * RUNS_MIN; i++) {

@@ -23,6 +23,17 @@ Status prepare_backend(const Recipe *recipe, Backend **out) {
     return device_open(&options, out);
 }
 
+OptimizerOptions prepare_optimizer_options(const Recipe *recipe) {
+    bool narrow = recipe->optim_state_dtype == STATE_BF16;
+    return (OptimizerOptions){.beta1 = recipe->optim_beta1,
+                              .beta2 = recipe->optim_beta2,
+                              .epsilon = recipe->optim_epsilon,
+                              .weight_decay = recipe->optim_weight_decay,
+                              .clip_norm = recipe->optim_clip_norm,
+                              .decay_embeddings = recipe->optim_decay_embeddings,
+                              .state_dtype = narrow ? DTYPE_BF16 : DTYPE_F32};
+}
+
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) {
     *out = (ModelOptions){.micro_batch = recipe->train_micro_batch,
                           .sequence_length = recipe->data_sequence_length,
