@@ -8,7 +8,8 @@
 
 typedef struct CudaOptions {
     int device;
-    bool fp32; // every op in fp32 (no TF32), for tests
+    bool fp32;        // every op in fp32 (no TF32), for tests
+    DType grad_dtype; // of weight gradients: F32, or BF16 without fp32; the routers' are always F32
 } CudaOptions;
 
 // A GPU is in this machine, whether it can be used or not.

@@ -6,15 +6,16 @@
 #include "model/backend.h"
 
 typedef struct DeviceOptions {
-    int choice;  // DEVICE_*
-    int threads; // of the CPU backend, as for backend_cpu
-    bool fp32;   // on a GPU: fp32 instead of bf16
+    int choice;       // DEVICE_*
+    int threads;      // of the CPU backend, as for backend_cpu
+    bool fp32;        // on a GPU: fp32 instead of bf16
+    DType grad_dtype; // of weight gradients: F32, or BF16 on a GPU in bf16
 } DeviceOptions;
 
 // "cpu", or "cpu, cuda": what this build has.
 const char *device_backends(void);
-// Fails when the choice is not possible. Opens nothing, so it can be asked before all else.
-Status device_check(int choice) NODISCARD;
+// Fails when the options are not possible. Opens nothing, so it can be asked before all else.
+Status device_check(const DeviceOptions *options) NODISCARD;
 Status device_open(const DeviceOptions *options, Backend **out) NODISCARD;
 
 #endif

@@ -16,10 +16,16 @@ enum { CONFIG_JSON_MAX = 16 << 20 };
 
 // --- Backend and options --------------------------------------------------------------------
 
+static DeviceOptions device_options(const Recipe *recipe) {
+    bool narrow = recipe->train_grad_dtype == GRADIENTS_BF16;
+    return (DeviceOptions){.choice = recipe->run_device,
+                           .threads = (int)recipe->run_threads,
+                           .fp32 = recipe->run_gpu_precision == PRECISION_FP32,
+                           .grad_dtype = narrow ? DTYPE_BF16 : DTYPE_F32};
+}
+
 Status prepare_backend(const Recipe *recipe, Backend **out) {
-    DeviceOptions options = {.choice = recipe->run_device,
-                             .threads = (int)recipe->run_threads,
-                             .fp32 = recipe->run_gpu_precision == PRECISION_FP32};
+    DeviceOptions options = device_options(recipe);
     return device_open(&options, out);
 }
 
@@ -188,9 +194,10 @@ static Status check_inputs(const Recipe *recipe, bool with_data) {
     ModelConfig *seed = malloc(sizeof *seed);
     FusionPlan *plan = malloc(sizeof *plan);
     TensorSource *source = NULL;
+    DeviceOptions device = device_options(recipe);
     Status status = STATUS_OK;
     if (!seed || !plan) FAIL_GOTO(done, STATUS_INTERNAL, "no memory for the model's shape");
-    TRY_GOTO(device_check(recipe->run_device), done);
+    TRY_GOTO(device_check(&device), done);
     TRY_GOTO(prepare_seed_config(recipe, seed), done);
     if (recipe->lfuc_enabled && plan_is_given(recipe))
         TRY_GOTO(plan_from_recipe(recipe, seed, plan), done);
