@@ -342,6 +342,8 @@ static Status create_parts(CudaBackend *b) {
 
 Status backend_cuda(const CudaOptions *options, Backend **out) {
     cudaDeviceProp properties;
+    INVARIANT(options->grad_dtype == DTYPE_F32 ||
+              (options->grad_dtype == DTYPE_BF16 && !options->fp32));
     TRY(check_device(options->device, &properties));
     TRY(check_code(options->device, &properties));
     CudaBackend *b = (CudaBackend *)calloc(1, sizeof *b);
@@ -350,7 +352,7 @@ Status backend_cuda(const CudaOptions *options, Backend **out) {
     b->base.name = "cuda";
     b->base.device_name = strcpy(b->device_name, properties.name);
     b->base.compute_dtype = options->fp32 ? DTYPE_F32 : DTYPE_BF16;
-    b->base.grad_dtype = DTYPE_F32;
+    b->base.grad_dtype = options->grad_dtype;
     b->base.num_threads = 1;
     b->base.can_capture = options->graphs;
     b->deterministic = !options->any_order;

@@ -8,9 +8,10 @@
 
 typedef struct CudaOptions {
     int device;
-    bool fp32;      // every op in fp32 (no TF32), for tests
-    bool graphs;    // can_capture
-    bool any_order; // attention's backward may add in any order: faster, not the same bits each run
+    bool fp32;        // every op in fp32 (no TF32), for tests
+    bool graphs;      // can_capture
+    bool any_order;   // attention's backward may add in any order: faster, but new bits each run
+    DType grad_dtype; // of weight gradients: F32, or BF16 without fp32; the routers' are always F32
 } CudaOptions;
 
 // A GPU is in this machine, whether it can be used or not.

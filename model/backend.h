@@ -238,14 +238,16 @@ typedef struct LinearCrossEntropyArgs {
 // Decoupled weight decay (Loshchilov & Hutter 2019) on a flat slice. With g' = grad_scale·g:
 //   m = β1·m + (1-β1)·g';  v = β2·v + (1-β2)·g'²;
 //   p -= lr · ( (m/(1-β1^step)) / (sqrt(v/(1-β2^step)) + ε) + weight_decay·p )
-// and, when copy is not NULL, copy = cast(p).
+// and, when copy is not NULL, copy = cast(p). Arithmetic is fp32; p moves by the new m and v as
+// computed, and what is kept of them is rounded to state_dtype, to nearest even.
 typedef struct AdamwArgs {
     int64_t count;
-    float *master;    // (count)
-    const void *grad; // (count) of grad_dtype
-    DType grad_dtype; // the backend's, or F32 for the routers' gradients
-    float *m, *v;     // (count)
-    void *copy;       // (count) of copy_dtype, or NULL
+    float *master;     // (count)
+    const void *grad;  // (count) of grad_dtype
+    DType grad_dtype;  // the backend's, or F32 for the routers' gradients
+    void *m, *v;       // (count) of state_dtype
+    DType state_dtype; // F32 or BF16
+    void *copy;        // (count) of copy_dtype, or NULL
     DType copy_dtype;
     double learning_rate, beta1, beta2, epsilon, weight_decay, grad_scale;
     int64_t step; // 1 for the first update

@@ -1,16 +1,21 @@
 // AdamW as a walk over the tensor table.
 //
 // The arenas are flat, so the fewest calls are made by merging neighbours: a run ends where the
-// weight decay changes or where the fp32 router tail begins. master, m and v are fp32 with the
-// table's element offsets; gradients and the working copy have byte offsets that depend on the
-// backend's dtypes (tensor_table_copy_bytes knows both, the fp32 tail included).
+// weight decay changes or where the fp32 router tail begins. master is fp32, m and v have one dtype
+// from end to end; all three have the table's element offsets. Gradients and the working copy have
+// byte offsets that depend on the backend's dtypes (tensor_table_copy_bytes knows both, the fp32
+// tail included).
 #include "optim/optimizer.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-Status optimizer_plan(const TensorTable *table, MemoryPlan *plan) {
-    return memory_plan_add(plan, "optimizer state", (uint64_t)table->total * 2 * sizeof(float));
+static size_t state_bytes(const TensorTable *table, const OptimizerOptions *options) {
+    return (size_t)table->total * dtype_bytes(options->state_dtype);
+}
+
+Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options, MemoryPlan *plan) {
+    return memory_plan_add(plan, "optimizer state", 2 * (uint64_t)state_bytes(table, options));
 }
 
 static int by_offset(const void *a, const void *b) {
@@ -50,10 +55,10 @@ Status optimizer_create(Model *model, const OptimizerOptions *options, Optimizer
     optimizer->model = model;
     optimizer->options = *options;
     Backend *backend = model->backend;
-    size_t bytes = (size_t)model->table.total * sizeof(float);
+    size_t bytes = state_bytes(&model->table, options);
     TRY_GOTO(build_runs(optimizer), fail);
-    TRY_GOTO(backend->ops->alloc(backend, bytes, (void **)&optimizer->m), fail);
-    TRY_GOTO(backend->ops->alloc(backend, bytes, (void **)&optimizer->v), fail);
+    TRY_GOTO(backend->ops->alloc(backend, bytes, &optimizer->m), fail);
+    TRY_GOTO(backend->ops->alloc(backend, bytes, &optimizer->v), fail);
     TRY_GOTO(backend->ops->alloc(backend, 2 * sizeof(double), (void **)&optimizer->sums), fail);
     *out = optimizer;
     return STATUS_OK;
@@ -97,10 +102,12 @@ Status optimizer_gradient_norm(Optimizer *optimizer, double *norm) {
 static Status update_run(Optimizer *optimizer, const OptimizerRun *run, AdamwArgs args) {
     Model *model = optimizer->model;
     DType compute = model->backend->compute_dtype;
+    size_t state_at = (size_t)run->begin * dtype_bytes(optimizer->options.state_dtype);
     args.count = run->count;
     args.master = model->master + run->begin;
-    args.m = optimizer->m + run->begin;
-    args.v = optimizer->v + run->begin;
+    args.m = (char *)optimizer->m + state_at;
+    args.v = (char *)optimizer->v + state_at;
+    args.state_dtype = optimizer->options.state_dtype;
     args.grad = gradient_at(optimizer, run->begin);
     args.grad_dtype = run->router ? DTYPE_F32 : model->backend->grad_dtype;
     args.weight_decay = run->decays ? optimizer->options.weight_decay : 0.0;

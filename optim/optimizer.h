@@ -11,6 +11,7 @@
 typedef struct OptimizerOptions {
     double beta1, beta2, epsilon, weight_decay, clip_norm; // clip_norm 0 = off
     bool decay_embeddings;
+    DType state_dtype; // of m and v
 } OptimizerOptions;
 
 // Neighbouring tensors that one AdamW call can update: same weight decay, same dtype of gradient
@@ -24,7 +25,7 @@ typedef struct OptimizerRun {
 typedef struct Optimizer {
     Model *model;
     OptimizerOptions options;
-    float *m, *v;    // (table.total) device memory
+    void *m, *v;     // (table.total) of state_dtype, device memory
     int64_t updates; // AdamW updates made so far (skipped steps do not count)
     OptimizerRun *runs;
     int num_runs;
@@ -32,7 +33,8 @@ typedef struct Optimizer {
 } Optimizer;
 
 // Adds "optimizer state" (m and v).
-Status optimizer_plan(const TensorTable *table, MemoryPlan *plan) NODISCARD;
+Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options,
+                      MemoryPlan *plan) NODISCARD;
 Status optimizer_create(Model *model, const OptimizerOptions *options, Optimizer **out) NODISCARD;
 void optimizer_destroy(Optimizer *optimizer);
 

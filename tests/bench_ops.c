@@ -218,6 +218,7 @@ static void bench_ffn(const Shape *s) {
                     floats(tokens * s->inner),
                     normal(tokens * s->hidden, 1),
                     floats(tokens * s->hidden),
+                    false,
                     floats(2 * matrix),
                     floats(matrix)};
     BENCH("ffn forward", OP_FFN, ffn_forward, &args, flops, 0);
@@ -269,6 +270,7 @@ static void bench_experts(const Shape *s) {
                        normal(tokens * s->hidden, 1),
                        floats(tokens * s->hidden),
                        floats(tokens),
+                       false,
                        floats(2 * n * matrix),
                        floats(n * matrix)};
     BENCH("moe_ffn forward", OP_MOE_FFN, moe_ffn_forward, &args, flops, 0);
@@ -291,6 +293,7 @@ static void bench_loss_and_update(const Shape *s) {
                                    &count,
                                    NULL,
                                    floats(tokens * s->hidden),
+                                   false,
                                    floats(weights)};
     BENCH("linear_cross_entropy", OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &loss,
           6.0 * (double)tokens * (double)weights, 0);
@@ -309,6 +312,11 @@ static void bench_loss_and_update(const Shape *s) {
                        .grad_scale = 1,
                        .step = 1};
     BENCH("adamw, 16 M parameters", OP_ADAMW, adamw, &adamw, 0, 28.0 * (double)parameters);
+    AdamwArgs narrow = adamw;
+    narrow.state_dtype = DTYPE_BF16; // in the same memory, from zero on
+    memset(narrow.m, 0, (size_t)parameters * 2);
+    memset(narrow.v, 0, (size_t)parameters * 2);
+    BENCH("adamw, bf16 moments", OP_ADAMW, adamw, &narrow, 0, 20.0 * (double)parameters);
     if (strncmp("norm2", only, strlen(only)) == 0) {
         double sums[2] = {0, 0}, best = INFINITY;
         for (int i = 0; i < 2 * RUNS_MIN; i++) {

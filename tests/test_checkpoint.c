@@ -40,6 +40,66 @@ START_TEST(round_trip_is_bit_exact) {
 }
 END_TEST
 
+static void check_moments_equal(const TinyTrainer *a, const void *x, const TinyTrainer *b,
+                                const void *y, const char *what) {
+    float *p = download_moments(a, x), *q = download_moments(b, y);
+    ck_assert_msg(memcmp(p, q, (size_t)a->model->table.total * sizeof *p) == 0, "%s differ", what);
+    free(p);
+    free(q);
+}
+
+// Moments from real updates, so that they hold numbers that bf16 rounds.
+static Fixture updated_fixture(DType state_dtype) {
+    ModelConfig config = tiny_config();
+    OptimizerOptions options = tiny_options();
+    CheckpointOptions checkpoint = {directory, 2, 0, DTYPE_BF16};
+    options.state_dtype = state_dtype;
+    Fixture f = {.t = tiny_trainer(&config, &options, 1)};
+    for (int step = 1; step <= 2; step++) {
+        double norm;
+        fill_arena(&f.t, f.t.model->grads, 20 + (uint64_t)step, 0, 1e-3f);
+        ck_assert_ok(optimizer_gradient_norm(f.t.optimizer, &norm));
+        ck_assert_ok(optimizer_step(f.t.optimizer, 1e-3, norm));
+    }
+    ck_assert_ok(checkpoint_writer_create(f.t.model, f.t.optimizer, &checkpoint, &f.writer));
+    return f;
+}
+
+// Saves moments of one dtype and loads them into an optimizer of another.
+static void check_between(DType saved, DType loaded) {
+    Fixture f = updated_fixture(saved);
+    ck_assert_ok(save(&f, 7));
+    ModelConfig config = tiny_config();
+    OptimizerOptions options = tiny_options();
+    options.state_dtype = loaded;
+    TinyTrainer other = tiny_trainer(&config, &options, 99);
+    ck_assert_ok(checkpoint_load(path_of(7, ""), other.model, other.optimizer));
+    check_arena_equal(&f.t, f.t.model->master, &other, other.model->master, "weights");
+    if (saved == DTYPE_F32 && loaded == DTYPE_BF16) { // what is loaded is rounded
+        size_t total = (size_t)f.t.model->table.total;
+        float *wide = download_moments(&f.t, f.t.optimizer->v);
+        uint16_t *rounded = malloc(total * sizeof *rounded);
+        ck_assert_ptr_nonnull(rounded);
+        dtype_from_f32(DTYPE_BF16, wide, rounded, total);
+        ck_assert_mem_eq(rounded, other.optimizer->v, total * sizeof *rounded); // CPU memory
+        free(rounded);
+        free(wide);
+    } else {
+        check_moments_equal(&f.t, f.t.optimizer->m, &other, other.optimizer->m, "m");
+        check_moments_equal(&f.t, f.t.optimizer->v, &other, other.optimizer->v, "v");
+    }
+    tiny_trainer_free(&other);
+    fixture_free(&f);
+}
+
+START_TEST(moments_in_bf16_come_back_exactly) {
+    use_directory("moments");
+    check_between(DTYPE_BF16, DTYPE_BF16);
+    check_between(DTYPE_BF16, DTYPE_F32);
+    check_between(DTYPE_F32, DTYPE_BF16);
+}
+END_TEST
+
 START_TEST(same_state_gives_the_same_bytes) {
     char a[HASH_HEX_SIZE], b[HASH_HEX_SIZE];
     uint64_t bytes;
@@ -104,7 +164,8 @@ static void write_three_ranks(const TinyTrainer *t, const float *arena, int64_t 
     const int64_t bounds[4] = {0, a, b, t->model->table.total};
     for (int rank = 0; rank < 3; rank++) {
         const float *part = arena + bounds[rank];
-        const float *const arenas[SLICE_KINDS] = {part, part, part};
+        const SliceArena arena_part = {part, DTYPE_F32};
+        const SliceArena arenas[SLICE_KINDS] = {arena_part, arena_part, arena_part};
         char name[64], path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
         uint64_t bytes;
         ck_assert_ok(slices_file_name(rank, 3, name));
@@ -152,7 +213,8 @@ START_TEST(missing_and_doubled_parts_are_refused) {
     Fixture f = fixture();
     const TensorTable *table = &f.t.model->table;
     float *arena = download_arena(&f.t, f.t.optimizer->m);
-    const float *const arenas[SLICE_KINDS] = {arena, arena, arena};
+    const SliceArena whole = {arena, DTYPE_F32};
+    const SliceArena arenas[SLICE_KINDS] = {whole, whole, whole};
     char hex[HASH_HEX_SIZE];
     uint64_t bytes;
     write_three_ranks(&f.t, arena, 1000, 2000);
@@ -299,8 +361,8 @@ START_TEST(manifest_of_another_step_is_refused) {
 }
 END_TEST
 
-TEST_MAIN("checkpoint", TEST(round_trip_is_bit_exact), TEST(same_state_gives_the_same_bytes),
-          TEST(model_part_opens_as_a_hugging_face_directory),
+TEST_MAIN("checkpoint", TEST(round_trip_is_bit_exact), TEST(moments_in_bf16_come_back_exactly),
+          TEST(same_state_gives_the_same_bytes), TEST(model_part_opens_as_a_hugging_face_directory),
           TEST(another_model_is_refused_by_name), TEST(parts_of_three_ranks_read_as_one),
           TEST(missing_and_doubled_parts_are_refused),
           TEST(damage_anywhere_is_found_named_and_stepped_over),

@@ -294,8 +294,11 @@ START_TEST(plan_says_what_the_writer_takes) {
     TensorTable table;
     MemoryPlan plan = {.count = 0};
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(checkpoint_plan(&table, &plan));
+    ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 12);
+    plan.count = 0;
+    ck_assert_ok(checkpoint_plan(&table, DTYPE_BF16, &plan));
+    ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 8);
     tensor_table_free(&table);
 }
 END_TEST

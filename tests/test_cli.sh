@@ -109,6 +109,10 @@ says "fused model              1.66 B total,    420 M active per token, 19 layer
     "$train" "${lfuc[@]}" --dry-run
 says "training state (parameters, gradients, AdamW moments): 26.6 GB" \
     "$train" "${lfuc[@]}" --dry-run
+says "training state (parameters, gradients, AdamW moments): 19.9 GB" \
+    "$train" "${lfuc[@]}" --dry-run --set optim.state_dtype=bf16
+expect 2 "train.grad_dtype = bf16 needs a GPU" \
+    "$train" "${lfuc[@]}" --dry-run --set train.grad_dtype=bf16
 says "225 B (225,037,516,800)" "$train" "${lfuc[@]}" --dry-run
 says "5,723, of which 9 warm-up" "$train" "${lfuc[@]}" --dry-run
 says "model                     494 M total" "$train" --recipe cpt_qwen0.5b --device cpu --dry-run

@@ -358,6 +358,57 @@ START_TEST(adamw_matches_reference) {
 }
 END_TEST
 
+// Against the op with fp32 moments, which start from the same values: the weights move by the
+// moments before these are rounded, so they are the same to the bit, and what is kept is the fp32
+// result rounded. And against doubles, which the fp32 test above has not seen for three updates in
+// a row, each from rounded moments.
+START_TEST(adamw_with_bf16_moments) {
+    enum { COUNT = 40001 };
+    Values p = values_random(COUNT, 1);
+    float *p_f32 = test_take(sizeof(float) * COUNT), *m_f32 = floats_filled(COUNT, 0);
+    float *v_f32 = floats_filled(COUNT, 0);
+    uint16_t *m = test_take(2 * COUNT), *v = test_take(2 * COUNT), *rounded = test_take(2 * COUNT);
+    memset(m, 0, 2 * COUNT);
+    memset(v, 0, 2 * COUNT);
+    memcpy(p_f32, p.f, sizeof(float) * COUNT);
+    for (int step = 1; step <= 3; step++) {
+        Values g = values_random(COUNT, 1);
+        AdamwArgs args = {.count = COUNT,
+                          .master = p.f,
+                          .grad = g.f,
+                          .grad_dtype = DTYPE_F32,
+                          .m = m,
+                          .v = v,
+                          .state_dtype = DTYPE_BF16,
+                          .learning_rate = 3e-3,
+                          .beta1 = 0.9,
+                          .beta2 = 0.95,
+                          .epsilon = 1e-8,
+                          .weight_decay = 0.1,
+                          .grad_scale = 0.7,
+                          .step = step};
+        AdamwArgs wide = args;
+        wide.master = p_f32, wide.m = m_f32, wide.v = v_f32, wide.state_dtype = DTYPE_F32;
+        for (int i = 0; i < COUNT; i++) {
+            double grad = 0.7 * g.d[i], m_d = 0.9 * m_f32[i] + 0.1 * grad;
+            double v_d = 0.95 * v_f32[i] + 0.05 * grad * grad;
+            double m_hat = m_d / (1 - pow(0.9, step)), v_hat = v_d / (1 - pow(0.95, step));
+            p.d[i] -= 3e-3 * (m_hat / (sqrt(v_hat) + 1e-8) + 0.1 * p.d[i]);
+        }
+        RUN_OP(test_backend(1), OP_ADAMW, adamw, &wide);
+        RUN_OP(test_backend(2), OP_ADAMW, adamw, &args);
+        check_equal("master", p.f, p_f32, sizeof(float) * COUNT);
+        check_close("master", p.f, p.d, COUNT, 1e-6); // fp32 roundings of 6e-8
+        dtype_from_f32(DTYPE_BF16, m_f32, rounded, COUNT);
+        check_equal("m", m, rounded, 2 * COUNT);
+        dtype_to_f32(DTYPE_BF16, m, m_f32, COUNT);
+        dtype_from_f32(DTYPE_BF16, v_f32, rounded, COUNT);
+        check_equal("v", v, rounded, 2 * COUNT);
+        dtype_to_f32(DTYPE_BF16, v, v_f32, COUNT);
+    }
+}
+END_TEST
+
 // A gradient of zero on fresh state moves nothing but the decay: 0/(sqrt(0)+ε) is 0, not NaN.
 START_TEST(adamw_of_zero_gradient) {
     Backend *backend = test_backend(1);
@@ -461,5 +512,6 @@ TEST_MAIN("basic ops", TEST(memory_is_zeroed_and_aligned), TEST(copies_and_zero)
           TEST(small_workspace_is_refused), TEST(threads_are_fixed_at_creation),
           TEST(embed_gathers_and_scatters), TEST(embed_refuses_bad_ids),
           TEST(linear_matches_reference), TEST(rmsnorm_matches_reference),
-          TEST(adamw_matches_reference), TEST(adamw_of_zero_gradient),
-          TEST(norm2_counts_non_finite), TEST(row_similarity_matches_reference), TEST(add_and_cast))
+          TEST(adamw_matches_reference), TEST(adamw_with_bf16_moments),
+          TEST(adamw_of_zero_gradient), TEST(norm2_counts_non_finite),
+          TEST(row_similarity_matches_reference), TEST(add_and_cast))

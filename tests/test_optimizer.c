@@ -13,8 +13,8 @@ typedef struct Reference {
     double *p, *m, *v, *g; // (total)
 } Reference;
 
-static double *widen(const TinyTrainer *t, const float *arena) {
-    float *host = download_arena(t, arena);
+// Takes `host`.
+static double *widen(const TinyTrainer *t, float *host) {
     double *wide = malloc((size_t)t->model->table.total * sizeof *wide);
     ck_assert_ptr_nonnull(wide);
     for (int64_t i = 0; i < t->model->table.total; i++) wide[i] = host[i];
@@ -23,8 +23,10 @@ static double *widen(const TinyTrainer *t, const float *arena) {
 }
 
 static Reference take_reference(const TinyTrainer *t) {
-    return (Reference){widen(t, t->model->master), widen(t, t->optimizer->m),
-                       widen(t, t->optimizer->v), widen(t, grads(t))};
+    return (Reference){widen(t, download_arena(t, t->model->master)),
+                       widen(t, download_moments(t, t->optimizer->m)),
+                       widen(t, download_moments(t, t->optimizer->v)),
+                       widen(t, download_arena(t, grads(t)))};
 }
 
 static void free_reference(Reference *r) {
@@ -54,13 +56,14 @@ static void reference_step(const OptimizerOptions *o, const Tensor *tensor, bool
     }
 }
 
-// 2e-6: a handful of fp32 roundings (2^-24 = 6e-8 each) of values up to a few times `scale`.
-static void compare(const char *what, const TinyTrainer *t, const float *arena,
+// 2e-6: a handful of fp32 roundings (2^-24 = 6e-8 each) of values up to a few times `scale`. bf16
+// has 8 significant bits, so what is rounded to it moves by up to 2^-8 of itself. Takes `host`.
+static void compare(const char *what, const TinyTrainer *t, DType dtype, float *host,
                     const double *expected, double scale) {
-    float *host = download_arena(t, arena);
+    const double rounding = dtype == DTYPE_BF16 ? 1.0 / 256 : 0;
     for (int64_t i = 0; i < t->model->table.total; i++)
-        ck_assert_msg(fabs(host[i] - expected[i]) <= 2e-6 * scale, "%s[%ld] is %.9g, expected %.9g",
-                      what, (long)i, host[i], expected[i]);
+        ck_assert_msg(fabs(host[i] - expected[i]) <= 2e-6 * scale + rounding * fabs(expected[i]),
+                      "%s[%ld] is %.9g, expected %.9g", what, (long)i, host[i], expected[i]);
     free(host);
 }
 
@@ -92,9 +95,10 @@ static void check_updates(const OptimizerOptions *options, float gradient_size) 
         ck_assert_int_eq(t.optimizer->updates, step);
         // Gaps were zero in the reference, so this also checks that they stay zero.
         double size = gradient_size * scale;
-        compare("weight", &t, t.model->master, r.p, 1);
-        compare("m", &t, t.optimizer->m, r.m, size);
-        compare("v", &t, t.optimizer->v, r.v, size * size);
+        DType state = options->state_dtype;
+        compare("weight", &t, DTYPE_F32, download_arena(&t, t.model->master), r.p, 1);
+        compare("m", &t, state, download_moments(&t, t.optimizer->m), r.m, size);
+        compare("v", &t, state, download_moments(&t, t.optimizer->v), r.v, size * size);
         free_reference(&r);
     }
     tiny_trainer_free(&t);
@@ -118,6 +122,14 @@ END_TEST
 START_TEST(embeddings_decay_only_on_request) {
     OptimizerOptions options = tiny_options();
     options.decay_embeddings = true;
+    check_updates(&options, 1e-3f);
+}
+END_TEST
+
+// Every tensor, the routers at the end among them.
+START_TEST(moments_in_bf16_follow_the_same_formula) {
+    OptimizerOptions options = tiny_options();
+    options.state_dtype = DTYPE_BF16;
     check_updates(&options, 1e-3f);
 }
 END_TEST
@@ -176,14 +188,20 @@ START_TEST(plan_says_what_create_takes) {
     TensorTable table;
     MemoryPlan plan = {.count = 0};
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(optimizer_plan(&table, &plan));
+    OptimizerOptions options = tiny_options();
+    ck_assert_ok(optimizer_plan(&table, &options, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 8);
+    options.state_dtype = DTYPE_BF16;
+    plan.count = 0;
+    ck_assert_ok(optimizer_plan(&table, &options, &plan));
+    ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 4);
     tensor_table_free(&table);
 }
 END_TEST
 
 TEST_MAIN("optimizer", TEST(update_matches_the_reference_without_clipping),
           TEST(gradients_above_the_limit_are_scaled_to_it), TEST(embeddings_decay_only_on_request),
+          TEST(moments_in_bf16_follow_the_same_formula),
           TEST(runs_cover_every_tensor_once_with_its_decay_flag),
           TEST(one_bad_gradient_anywhere_makes_the_norm_infinite),
           TEST(plan_says_what_create_takes))

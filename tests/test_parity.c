@@ -119,7 +119,7 @@ static void check_gradients(Golden *golden) {
 // they are a thousand times larger than lr.
 static void check_adamw(Golden *golden) {
     const double lr = 1e-4;
-    const OptimizerOptions options = {0.9, 0.95, 1e-8, 0.1, 1.0, false};
+    const OptimizerOptions options = {0.9, 0.95, 1e-8, 0.1, 1.0, false, DTYPE_F32};
     const TensorTable *table = &golden->model->table;
     Optimizer *optimizer;
     TensorSource *source;

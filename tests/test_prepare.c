@@ -93,13 +93,24 @@ static const char *in_run(const char *name) {
 // --- Inputs ---------------------------------------------------------------------------------
 
 START_TEST(refuses_bad_inputs) {
+    Backend *backend;
     set_up();
     ck_assert_ok(prepare_check_inputs(&recipe));
 
     set("run.device=cuda");
-    if (device_check(DEVICE_CUDA) != STATUS_OK) // what is missing depends on build and machine
+    const DeviceOptions cuda = {.choice = DEVICE_CUDA};
+    if (device_check(&cuda) != STATUS_OK) // what is missing depends on build and machine
         ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "run.device = cuda: ");
     set("run.device=cpu");
+    set("train.grad_dtype=bf16");
+    ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "train.grad_dtype = bf16 needs a");
+    ck_assert_fails(prepare_backend(&recipe, &backend), STATUS_USAGE, "train.grad_dtype = f32");
+    set("run.device=cuda");
+    set("run.gpu_precision=fp32");
+    ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "needs run.gpu_precision = bf16");
+    set("run.device=cpu");
+    set("run.gpu_precision=bf16");
+    set("train.grad_dtype=f32");
     set("lfuc.prune_layers=3"); // layers 1 to 4 hold two pairs
     ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "can prune at most 2");
     set("lfuc.prune_layers=1");

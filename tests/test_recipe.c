@@ -303,6 +303,8 @@ START_TEST(checks_rules_between_keys) {
         {"optim.schedule=wsd", "optim.decay_steps=11", "more than the 10 steps"},
         {"optim.beta2=1", NULL, "must both be below 1"},
         {"optim.epsilon=0", NULL, "divides by zero"},
+        {"optim.state_dtype=bf16", "optim.beta2=0.999", "use state_dtype = f32"},
+        {"optim.beta1=0.997", "optim.state_dtype=bf16", "does not decay any more"},
         {"model.source=", NULL, "lfuc.enabled needs model.source"},
         {"lfuc.top_k=7", NULL, "lfuc.top_k = 7 is more than lfuc.num_experts = 6"},
         {"router.gate=renorm", NULL, "straight_through"},
@@ -319,6 +321,8 @@ START_TEST(checks_rules_between_keys) {
     ck_assert_ok(check_with("router.gate=straight_through", NULL));
     ck_assert_ok(check_with("lfuc.select=latency", "lfuc.plan=p.json"));
     ck_assert_ok(check_with("optim.min_lr=1", "optim.schedule=constant"));
+    ck_assert_ok(check_with("optim.state_dtype=bf16", "optim.beta2=0.995"));
+    ck_assert_ok(check_with("optim.beta2=0.999", NULL));
     ck_assert_ok(check_with("train.recompute=norms, swiglu", NULL));
     ck_assert_ok(check_with("data.train=/a:b, /c:0.5,/d:2e1", NULL));
     ck_assert_ok(check_with("lfuc.enabled=no", "router.gate=renorm"));

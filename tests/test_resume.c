@@ -176,12 +176,12 @@ END_TEST
 
 // --- All of the state ----------------------------------------------------------------------------
 
-// Selection bias, micro balance, z-loss, master weights beside bf16 files: what the runs above do
-// not carry from step to step.
+// Selection bias, micro balance, z-loss, master weights beside bf16 files, moments in bf16: what
+// the runs above do not carry from step to step.
 START_TEST(every_option_that_has_state_survives) {
     tiny_prepare();
     char name[32];
-    for (int variant = 0; variant < 3; variant++) {
+    for (int variant = 0; variant < 4; variant++) {
         for (int interrupted = 0; interrupted < 2; interrupted++) {
             snprintf(name, sizeof name, "variant%d_%d", variant, interrupted);
             Recipe recipe = tiny_moe_recipe(name);
@@ -193,6 +193,7 @@ START_TEST(every_option_that_has_state_survives) {
             if (variant == 2) tiny_set(&recipe, "router.z_weight=1e-3");
             if (variant == 2) tiny_set(&recipe, "optim.schedule=wsd");
             if (variant == 2) tiny_set(&recipe, "optim.decay_steps=10");
+            if (variant == 3) tiny_set(&recipe, "optim.state_dtype=bf16");
             if (interrupted) {
                 Trigger trigger = {.number = 600, .signals = {SIGKILL}};
                 TinyRun run = {.hook = on_operation, .context = &trigger};

@@ -226,6 +226,7 @@ START_TEST(what_decides_the_model_or_the_data_may_not_change) {
     tiny_set(&allowed, "train.log_every=1");
     tiny_set(&allowed, "train.micro_batch=4");
     tiny_set(&allowed, "checkpoint.every=10");
+    tiny_set(&allowed, "optim.state_dtype=bf16");
     expect_exit(&allowed, NULL, STATUS_OK);
     ck_assert_int_eq(tiny_newest("changed", MANIFEST_NAME, after), TINY_STEPS);
 }

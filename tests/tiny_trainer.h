@@ -53,6 +53,19 @@ __attribute__((unused)) static float *download_arena(const TinyTrainer *t, const
     return host;
 }
 
+// m or v on the host, in fp32. malloc'ed.
+__attribute__((unused)) static float *download_moments(const TinyTrainer *t, const void *arena) {
+    const DType dtype = t->optimizer->options.state_dtype;
+    size_t count = (size_t)t->model->table.total;
+    float *wide = malloc(count * sizeof *wide);
+    void *host = malloc(count * dtype_bytes(dtype));
+    ck_assert(wide && host);
+    ck_assert_ok(t->backend->ops->download(t->backend, host, arena, count * dtype_bytes(dtype)));
+    dtype_to_f32(dtype, host, wide, count);
+    free(host);
+    return wide;
+}
+
 // Gives every tensor of an fp32 arena its own random numbers; gaps stay as they are (zero).
 __attribute__((unused)) static void fill_arena(const TinyTrainer *t, float *arena, uint64_t seed,
                                                float mean, float stddev) {

@@ -71,23 +71,32 @@ static void close_nothing(TensorSource *source) {
     (void)source;
 }
 
-// One of m and v: gaps between tensors stay zero.
-static Status load_moments(const SliceSet *set, SliceKind kind, Backend *backend, float *arena) {
+// One of m and v: gaps between tensors stay zero. What was kept in the optimizer's own dtype comes
+// back with the same bits; fp32 moments are rounded where they are kept in bf16 now.
+static Status load_moments(const SliceSet *set, SliceKind kind, const Optimizer *optimizer,
+                           void *arena) {
     Status status = STATUS_OK;
+    Backend *backend = optimizer->model->backend;
+    const DType dtype = optimizer->options.state_dtype;
+    const size_t width = dtype_bytes(dtype);
     float *chunk = malloc(CHUNK_ELEMENTS * sizeof *chunk);
-    if (!chunk) FAIL(STATUS_INTERNAL, "out of memory loading optimizer state");
+    void *kept = malloc(CHUNK_ELEMENTS * width);
+    if (!chunk || !kept) FAIL_GOTO(done, STATUS_INTERNAL, "out of memory loading optimizer state");
     for (int i = 0; i < set->table->count; i++) {
         const Tensor *tensor = &set->table->tensors[i];
         for (int64_t first = 0; first < tensor->count; first += CHUNK_ELEMENTS) {
             int64_t count = tensor->count - first;
             if (count > CHUNK_ELEMENTS) count = CHUNK_ELEMENTS;
             TRY_GOTO(slices_read(set, kind, tensor, first, count, chunk), done);
-            TRY_GOTO(backend->ops->upload(backend, arena + tensor->offset + first, chunk,
-                                          (size_t)count * sizeof *chunk),
+            dtype_from_f32(dtype, chunk, kept, (size_t)count);
+            TRY_GOTO(backend->ops->upload(backend,
+                                          (char *)arena + (size_t)(tensor->offset + first) * width,
+                                          kept, (size_t)count * width),
                      done);
         }
     }
 done:
+    free(kept);
     free(chunk);
     return status;
 }
@@ -104,8 +113,8 @@ Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) {
                            .set = &set};
     TRY_GOTO(model_load(model, &source.base), done);
     if (!optimizer) goto done;
-    TRY_GOTO(load_moments(&set, SLICE_M, model->backend, optimizer->m), done);
-    TRY_GOTO(load_moments(&set, SLICE_V, model->backend, optimizer->v), done);
+    TRY_GOTO(load_moments(&set, SLICE_M, optimizer, optimizer->m), done);
+    TRY_GOTO(load_moments(&set, SLICE_V, optimizer, optimizer->v), done);
 done:
     slices_close(&set);
     return status;

@@ -35,7 +35,8 @@ typedef struct CheckpointOptions {
 // The background writer: takes a snapshot into host memory reserved once, then writes on a thread.
 typedef struct CheckpointWriter CheckpointWriter;
 
-Status checkpoint_plan(const TensorTable *table, MemoryPlan *plan) NODISCARD;
+// state_dtype: the optimizer's.
+Status checkpoint_plan(const TensorTable *table, DType state_dtype, MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
 // Copies weights, m, v and `state` (borrowed, copied), starts the thread and returns. An earlier

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { WIDEN_BLOCK = 4096 }; // elements
+
 static const char *const kind_names[SLICE_KINDS] = {"master", "m", "v"};
 
 Status slices_file_name(int rank, int world, char out[64]) {
@@ -45,20 +47,37 @@ static SafetensorsSpec describe(const Tensor *tensor, SliceKind kind, int64_t fi
     return spec;
 }
 
+static Status append_values(SafetensorsWriter *writer, const SliceArena *arena, int64_t at,
+                            int64_t count) {
+    if (arena->dtype == DTYPE_F32) {
+        const float *values = arena->values;
+        return safetensors_writer_append(writer, values + at, (uint64_t)count);
+    }
+    const size_t width = dtype_bytes(arena->dtype);
+    const char *from = (const char *)arena->values + (size_t)at * width;
+    float block[WIDEN_BLOCK];
+    for (int64_t done = 0; done < count; done += WIDEN_BLOCK) {
+        int64_t some = count - done < WIDEN_BLOCK ? count - done : WIDEN_BLOCK;
+        dtype_to_f32(arena->dtype, from + (size_t)done * width, block, (size_t)some);
+        TRY(safetensors_writer_append(writer, block, (uint64_t)some));
+    }
+    return STATUS_OK;
+}
+
 static Status append_parts(SafetensorsWriter *writer, const TensorTable *table, int64_t begin,
-                           int64_t end, const float *const arena[SLICE_KINDS]) {
+                           int64_t end, const SliceArena arenas[SLICE_KINDS]) {
     for (int kind = 0; kind < SLICE_KINDS; kind++) {
         for (int i = 0; i < table->count; i++) {
             int64_t first, count = part_of(&table->tensors[i], begin, end, &first);
-            const float *values = arena[kind] + (table->tensors[i].offset + first - begin);
-            if (count > 0) TRY(safetensors_writer_append(writer, values, (uint64_t)count));
+            int64_t at = table->tensors[i].offset + first - begin;
+            if (count > 0) TRY(append_values(writer, &arenas[kind], at, count));
         }
     }
     return STATUS_OK;
 }
 
 Status slices_write(const char *path, const TensorTable *table, int64_t begin, int64_t end,
-                    const float *const arena[SLICE_KINDS], uint64_t *bytes,
+                    const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
                     char hex[HASH_HEX_SIZE]) {
     Status status = STATUS_OK;
     SafetensorsWriter *writer = NULL;
@@ -75,7 +94,7 @@ Status slices_write(const char *path, const TensorTable *table, int64_t begin, i
         }
     }
     TRY_GOTO(safetensors_writer_open(path, specs, used, NULL, &writer), done);
-    status = append_parts(writer, table, begin, end, arena);
+    status = append_parts(writer, table, begin, end, arenas);
     if (status != STATUS_OK)
         safetensors_writer_abort(writer);
     else

@@ -21,10 +21,14 @@ enum { SLICE_NAME_MAX = TENSOR_NAME_MAX + 64, CHECKPOINT_MAX_RANKS = 100000 };
 
 // "optimizer-00000-of-00001.safetensors"
 Status slices_file_name(int rank, int world, char out[64]) NODISCARD;
-// Writes the part [begin, end) of the arenas; arena[kind] points at element `begin` of the host
-// copy of that kind. Gives the file's size and hash.
+// The host copy of one kind, from the first element that is written on. The file holds fp32.
+typedef struct SliceArena {
+    const void *values;
+    DType dtype;
+} SliceArena;
+// Writes the part [begin, end) of the arenas. Gives the file's size and hash.
 Status slices_write(const char *path, const TensorTable *table, int64_t begin, int64_t end,
-                    const float *const arena[SLICE_KINDS], uint64_t *bytes,
+                    const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
                     char hex[HASH_HEX_SIZE]) NODISCARD;
 
 typedef struct SliceEntry {

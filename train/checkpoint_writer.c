@@ -26,9 +26,9 @@ struct CheckpointWriter {
     Model *model;
     Optimizer *optimizer;
     CheckpointOptions options;
-    char *config_text;            // config.json, or NULL when it cannot express the model
-    float *snapshot[SLICE_KINDS]; // (table.total) each, host memory
-    char *state_text;             // state.json of the save in flight
+    char *config_text;           // config.json, or NULL when it cannot express the model
+    void *snapshot[SLICE_KINDS]; // (table.total) of snapshot_dtype each, host memory
+    char *state_text;            // state.json of the save in flight
     int64_t step;
     bool running;      // the thread must be joined
     atomic_bool ended; // joining it will not block
@@ -36,9 +36,20 @@ struct CheckpointWriter {
     StatusRecord record; // how the thread ended
 };
 
-Status checkpoint_plan(const TensorTable *table, MemoryPlan *plan) {
-    return memory_plan_add(plan, "checkpoint snapshot",
-                           (uint64_t)table->total * SLICE_KINDS * sizeof(float));
+// The snapshot is a plain copy; what is kept in bf16 becomes fp32 on its way to the file.
+static DType snapshot_dtype(SliceKind kind, DType state_dtype) {
+    return kind == SLICE_MASTER ? DTYPE_F32 : state_dtype;
+}
+
+static size_t snapshot_bytes(const TensorTable *table, SliceKind kind, DType state_dtype) {
+    return (size_t)table->total * dtype_bytes(snapshot_dtype(kind, state_dtype));
+}
+
+Status checkpoint_plan(const TensorTable *table, DType state_dtype, MemoryPlan *plan) {
+    uint64_t bytes = 0;
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        bytes += snapshot_bytes(table, (SliceKind)kind, state_dtype);
+    return memory_plan_add(plan, "checkpoint snapshot", bytes);
 }
 
 // --- The files of one checkpoint -----------------------------------------------------------------
@@ -86,16 +97,19 @@ static Status write_weights(const CheckpointWriter *writer, const char *path, ui
 static Status write_files(const CheckpointWriter *writer, const char *directory,
                           Manifest *manifest) {
     const TensorTable *table = &writer->model->table;
-    const float *const arena[SLICE_KINDS] = {writer->snapshot[SLICE_MASTER],
-                                             writer->snapshot[SLICE_M], writer->snapshot[SLICE_V]};
+    SliceArena arenas[SLICE_KINDS];
     char path[IO_PATH_MAX], name[64], hex[HASH_HEX_SIZE];
     uint64_t bytes;
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        arenas[kind] =
+            (SliceArena){writer->snapshot[kind],
+                         snapshot_dtype((SliceKind)kind, writer->optimizer->options.state_dtype)};
     TRY(io_path(path, "%s/model.safetensors", directory));
     TRY(write_weights(writer, path, &bytes, hex));
     TRY(manifest_add(manifest, "model.safetensors", bytes, hex));
     TRY(slices_file_name(0, 1, name));
     TRY(io_path(path, "%s/%s", directory, name));
-    TRY(slices_write(path, table, 0, table->total, arena, &bytes, hex));
+    TRY(slices_write(path, table, 0, table->total, arenas, &bytes, hex));
     TRY(manifest_add(manifest, name, bytes, hex));
     if (writer->config_text)
         TRY(write_text(directory, "config.json", writer->config_text, manifest));
@@ -199,8 +213,10 @@ Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
     writer->optimizer = optimizer;
     writer->options = *options;
     for (int kind = 0; kind < SLICE_KINDS; kind++)
-        TRY_GOTO(backend->ops->host_alloc(backend, (size_t)model->table.total * sizeof(float),
-                                          (void **)&writer->snapshot[kind]),
+        TRY_GOTO(backend->ops->host_alloc(
+                     backend,
+                     snapshot_bytes(&model->table, (SliceKind)kind, optimizer->options.state_dtype),
+                     &writer->snapshot[kind]),
                  fail);
     TRY_GOTO(make_config_text(writer), fail);
     *out = writer;
@@ -222,12 +238,15 @@ void checkpoint_writer_destroy(CheckpointWriter *writer) {
 }
 
 static Status take_snapshot(CheckpointWriter *writer) {
-    Backend *backend = writer->model->backend;
-    size_t bytes = (size_t)writer->model->table.total * sizeof(float);
-    float *const *to = writer->snapshot;
-    TRY(backend->ops->download(backend, to[SLICE_MASTER], writer->model->master, bytes));
-    TRY(backend->ops->download(backend, to[SLICE_M], writer->optimizer->m, bytes));
-    return backend->ops->download(backend, to[SLICE_V], writer->optimizer->v, bytes);
+    const Model *model = writer->model;
+    const Optimizer *optimizer = writer->optimizer;
+    Backend *backend = model->backend;
+    const void *const from[SLICE_KINDS] = {model->master, optimizer->m, optimizer->v};
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        TRY(backend->ops->download(
+            backend, writer->snapshot[kind], from[kind],
+            snapshot_bytes(&model->table, (SliceKind)kind, optimizer->options.state_dtype)));
+    return STATUS_OK;
 }
 
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) {

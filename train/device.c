@@ -28,15 +28,16 @@ static Status with_choice(Status status, int choice) {
     return status_prefix(status, "run.device = %s: ", choice == DEVICE_AUTO ? "auto" : "cuda");
 }
 
-Status device_check(int choice) {
-    return takes_gpu(choice) ? with_choice(backend_cuda_check(GPU), choice) : STATUS_OK;
+static Status check_gpu(int choice) {
+    return with_choice(backend_cuda_check(GPU), choice);
 }
 
 static Status open_gpu(const DeviceOptions *options, Backend **out) {
     CudaOptions cuda = {.device = GPU,
                         .fp32 = options->fp32,
                         .graphs = options->graphs,
-                        .any_order = options->any_order};
+                        .any_order = options->any_order,
+                        .grad_dtype = options->grad_dtype};
     TRY(with_choice(backend_cuda(&cuda, out), options->choice));
     return STATUS_OK;
 }
@@ -51,21 +52,40 @@ static bool takes_gpu(int choice) {
     return choice == DEVICE_CUDA;
 }
 
-Status device_check(int choice) {
-    if (!takes_gpu(choice)) return STATUS_OK;
+static Status check_gpu(int choice) {
+    (void)choice;
     FAIL(STATUS_USAGE, "run.device = cuda: this build has no CUDA backend; use --device cpu, or "
                        "build where CMake finds nvcc");
 }
 
 static Status open_gpu(const DeviceOptions *options, Backend **out) {
     *out = NULL;
-    return device_check(options->choice);
+    return check_gpu(options->choice);
 }
 
 #endif
 
+// Sums in bf16 are for what a GPU computes in bf16; they would only make fp32 arithmetic worse.
+static Status check_gradients(const DeviceOptions *options) {
+    if (options->grad_dtype == DTYPE_F32) return STATUS_OK;
+    if (!takes_gpu(options->choice))
+        FAIL(STATUS_USAGE, "train.grad_dtype = bf16 needs a GPU, and this run computes on the CPU; "
+                           "set train.grad_dtype = f32");
+    if (options->fp32)
+        FAIL(STATUS_USAGE,
+             "train.grad_dtype = bf16 needs run.gpu_precision = bf16, found fp32; set "
+             "train.grad_dtype = f32");
+    return STATUS_OK;
+}
+
+Status device_check(const DeviceOptions *options) {
+    TRY(check_gradients(options));
+    return takes_gpu(options->choice) ? check_gpu(options->choice) : STATUS_OK;
+}
+
 Status device_open(const DeviceOptions *options, Backend **out) {
     *out = NULL;
+    TRY(check_gradients(options));
     if (takes_gpu(options->choice)) return open_gpu(options, out);
     return backend_cpu(options->threads, out);
 }

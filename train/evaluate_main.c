@@ -74,7 +74,7 @@ static Status read_device(int *out) {
     static const char *const names[] = {"auto", "cpu", "cuda"}; // as DEVICE_*
     for (int i = 0; i < 3; i++) {
         *out = i;
-        if (strcmp(optarg, names[i]) == 0) return device_check(i);
+        if (strcmp(optarg, names[i]) == 0) return device_check(&(DeviceOptions){.choice = i});
     }
     FAIL(STATUS_USAGE, "--device %.32s: expected auto, cpu or cuda", optarg);
 }

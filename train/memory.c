@@ -75,6 +75,7 @@ static Status begin_plan(Backend *backend, RunMemory *out, MemoryPlan **device) 
 Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
                        RunMemory *out) {
     ModelOptions options;
+    OptimizerOptions optimizer = prepare_optimizer_options(recipe);
     DataConfig data;
     TensorTable table;
     MemoryPlan *device;
@@ -84,8 +85,8 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY(prepare_train_data(recipe, config, &data));
     TRY(model_plan(backend, config, &options, device));
     TRY(tensor_table_build(config, &table));
-    TRY_GOTO(optimizer_plan(&table, device), done);
-    TRY_GOTO(checkpoint_plan(&table, &out->machine), done);
+    TRY_GOTO(optimizer_plan(&table, &optimizer, device), done);
+    TRY_GOTO(checkpoint_plan(&table, optimizer.state_dtype, &out->machine), done);
     TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:
     tensor_table_free(&table);

@@ -16,13 +16,30 @@ enum { CONFIG_JSON_MAX = 16 << 20 };
 
 // --- Backend and options --------------------------------------------------------------------
 
+static DeviceOptions device_options(const Recipe *recipe) {
+    bool narrow = recipe->train_grad_dtype == GRADIENTS_BF16;
+    return (DeviceOptions){.choice = recipe->run_device,
+                           .threads = (int)recipe->run_threads,
+                           .fp32 = recipe->run_gpu_precision == PRECISION_FP32,
+                           .graphs = recipe->run_gpu_graphs,
+                           .any_order = !recipe->run_deterministic,
+                           .grad_dtype = narrow ? DTYPE_BF16 : DTYPE_F32};
+}
+
 Status prepare_backend(const Recipe *recipe, Backend **out) {
-    DeviceOptions options = {.choice = recipe->run_device,
-                             .threads = (int)recipe->run_threads,
-                             .fp32 = recipe->run_gpu_precision == PRECISION_FP32,
-                             .graphs = recipe->run_gpu_graphs,
-                             .any_order = !recipe->run_deterministic};
+    DeviceOptions options = device_options(recipe);
     return device_open(&options, out);
+}
+
+OptimizerOptions prepare_optimizer_options(const Recipe *recipe) {
+    bool narrow = recipe->optim_state_dtype == STATE_BF16;
+    return (OptimizerOptions){.beta1 = recipe->optim_beta1,
+                              .beta2 = recipe->optim_beta2,
+                              .epsilon = recipe->optim_epsilon,
+                              .weight_decay = recipe->optim_weight_decay,
+                              .clip_norm = recipe->optim_clip_norm,
+                              .decay_embeddings = recipe->optim_decay_embeddings,
+                              .state_dtype = narrow ? DTYPE_BF16 : DTYPE_F32};
 }
 
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) {
@@ -179,9 +196,10 @@ static Status check_inputs(const Recipe *recipe, bool with_data) {
     ModelConfig *seed = malloc(sizeof *seed);
     FusionPlan *plan = malloc(sizeof *plan);
     TensorSource *source = NULL;
+    DeviceOptions device = device_options(recipe);
     Status status = STATUS_OK;
     if (!seed || !plan) FAIL_GOTO(done, STATUS_INTERNAL, "no memory for the model's shape");
-    TRY_GOTO(device_check(recipe->run_device), done);
+    TRY_GOTO(device_check(&device), done);
     TRY_GOTO(prepare_seed_config(recipe, seed), done);
     if (recipe->lfuc_enabled && plan_is_given(recipe))
         TRY_GOTO(plan_from_recipe(recipe, seed, plan), done);

@@ -43,6 +43,8 @@ enum { ROUTER_INPUT_NORMED, ROUTER_INPUT_RAW };
 enum { BALANCE_MICRO, BALANCE_GLOBAL };
 enum { BAD_SHARD_ABORT, BAD_SHARD_SKIP };
 enum { WEIGHTS_BF16, WEIGHTS_F32 };
+enum { GRADIENTS_F32, GRADIENTS_BF16 };
+enum { STATE_F32, STATE_BF16 };
 
 void recipe_defaults(Recipe *recipe);
 // Finds `name` (as given; then in the recipes of the source tree or the installation when it is a

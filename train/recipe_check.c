@@ -62,6 +62,20 @@ static Status check_optimizer(const Recipe *r) {
     return STATUS_OK;
 }
 
+// Half of the largest relative step between bf16 numbers (8 significant bits): what shrinks by less
+// than this in an update is rounded back to where it was, for ever.
+static const double BF16_STICKS = 1.0 / 256;
+
+static Status check_state_dtype(const Recipe *r) {
+    const double largest = r->optim_beta1 > r->optim_beta2 ? r->optim_beta1 : r->optim_beta2;
+    if (r->optim_state_dtype == STATE_F32 || 1 - largest > BF16_STICKS) return STATUS_OK;
+    FAIL(
+        STATUS_USAGE,
+        "optim.state_dtype = bf16 with optim.beta1 = %g and optim.beta2 = %g: above 0.996 a moment "
+        "in bf16 does not decay any more; lower the beta or use state_dtype = f32",
+        r->optim_beta1, r->optim_beta2);
+}
+
 static Status check_selection(const Recipe *r) {
     if (r->lfuc_plan[0]) return STATUS_OK; // the plan has the blocks
     if (r->lfuc_select == LFUC_LATENCY || r->lfuc_select == LFUC_LOSS)
@@ -105,5 +119,6 @@ Status recipe_check(const Recipe *recipe) {
     TRY(check_data(recipe));
     TRY(check_training(recipe));
     TRY(check_optimizer(recipe));
+    TRY(check_state_dtype(recipe));
     return check_fusion(recipe);
 }

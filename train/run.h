@@ -9,6 +9,7 @@
 #include "model/hf.h"
 #include "model/model.h"
 #include "model/source.h"
+#include "optim/optimizer.h"
 #include "train/recipe.h"
 #include "train/rundir.h"
 
@@ -28,6 +29,7 @@ Status prepare_check_inputs(const Recipe *recipe) NODISCARD;
 
 Status prepare_backend(const Recipe *recipe, Backend **out) NODISCARD;
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) NODISCARD;
+OptimizerOptions prepare_optimizer_options(const Recipe *recipe);
 
 // Opens the recipe's model (HF directory or random shape) and, when lfuc is enabled, measures,
 // chooses and fuses, leaving plan/similarity.h5 and plan/plan.json. An existing plan/plan.json of

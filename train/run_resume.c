@@ -183,6 +183,10 @@ static Status parse_saved_recipe(const Trainer *t, Recipe *out) {
     return recipe_parse(text, strlen(text), "the checkpoint's recipe", out);
 }
 
+static bool rounds_moments(const Recipe *saved, const Recipe *now) {
+    return saved->optim_state_dtype == STATE_F32 && now->optim_state_dtype == STATE_BF16;
+}
+
 Status resume_check_recipe(const Trainer *t) {
     if (!t->resume_state) return STATUS_OK;
     Status status = STATUS_OK;
@@ -203,7 +207,8 @@ Status resume_check_recipe(const Trainer *t) {
     if (d.refused[0])
         status = refuse(t, d.refused);
     else if (d.allowed[0])
-        log_warn("the recipe differs from that of the checkpoint: %s", d.allowed);
+        log_warn("the recipe differs from that of the checkpoint: %s%s", d.allowed,
+                 rounds_moments(saved, t->recipe) ? "; its AdamW moments are rounded to bf16" : "");
 done:
     free(saved);
     return status;

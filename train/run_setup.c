@@ -54,12 +54,7 @@ static Status fill_model(Trainer *t, TensorSource *source) {
 static Status open_model(Trainer *t, TensorSource *source) {
     const Recipe *r = t->recipe;
     ModelOptions model_options;
-    OptimizerOptions options = {.beta1 = r->optim_beta1,
-                                .beta2 = r->optim_beta2,
-                                .epsilon = r->optim_epsilon,
-                                .weight_decay = r->optim_weight_decay,
-                                .clip_norm = r->optim_clip_norm,
-                                .decay_embeddings = r->optim_decay_embeddings};
+    OptimizerOptions options = prepare_optimizer_options(r);
     TRY(prepare_model_options(r, true, &model_options));
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
     INVARIANT(model_sums_stride(t->model) == t->state.stride);

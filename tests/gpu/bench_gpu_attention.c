@@ -50,7 +50,7 @@ static void bench_shape(Backend *gpu, const Shape *s, const char *what, bool own
 
 int main(void) {
     const CudaOptions any_order = {.device = 0, .any_order = true};
-    Backend *gpu = gpu_backend(false), *free_gpu = gpu_backend_with(&any_order);
+    Backend *gpu = gpu_backend(false), *free_gpu = gpu_open(&any_order);
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         bench_shape(gpu, &shapes[i], "preferred", false);
         bench_shape(free_gpu, &shapes[i], "any order", false);

@@ -78,8 +78,8 @@ static void bench_arenas(Backend *gpu) {
                        .master = (float *)arenas[1],
                        .grad = arenas[0],
                        .grad_dtype = DTYPE_F32,
-                       .m = (float *)arenas[2],
-                       .v = (float *)arenas[3],
+                       .m = arenas[2],
+                       .v = arenas[3],
                        .copy = copy,
                        .copy_dtype = DTYPE_BF16,
                        .learning_rate = 1e-4,
@@ -90,6 +90,17 @@ static void bench_arenas(Backend *gpu) {
                        .grad_scale = 1.0,
                        .step = 10};
     print_line("adamw", shape, GPU_BENCH(gpu, OP_ADAMW, adamw, &adamw), 30.0 * (double)count);
+    // Moments in bf16 from zero on, in the lower halves; gradients in bf16 behind one of them.
+    for (int i = 2; i < 4; i++) GPU_OK(gpu->ops->zero(gpu, arenas[i], (size_t)count * 2));
+    adamw.state_dtype = DTYPE_BF16;
+    print_line("adamw, bf16 moments", shape, GPU_BENCH(gpu, OP_ADAMW, adamw, &adamw),
+               22.0 * (double)count);
+    char *grad = (char *)arenas[3] + (size_t)count * 2;
+    GPU_OK(gpu->ops->cast(gpu, DTYPE_BF16, grad, DTYPE_F32, arenas[0], count));
+    adamw.grad = grad;
+    adamw.grad_dtype = DTYPE_BF16;
+    print_line("adamw, and gradients", shape, GPU_BENCH(gpu, OP_ADAMW, adamw, &adamw),
+               20.0 * (double)count);
     Flat cast = {count, copy, arenas[0], NULL};
     print_line("cast f32 to bf16", shape, bench_flat(gpu, &cast, run_cast), 6.0 * (double)count);
     for (int i = 0; i < 4; i++) gpu->ops->release(gpu, arenas[i]);

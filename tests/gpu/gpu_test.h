@@ -41,8 +41,8 @@ static uint64_t gpu_stream_ = 1;
         }                                                                                          \
     } while (0)
 
-// The GPU backend; ends the program where there is no device.
-static inline Backend *gpu_backend_with(const CudaOptions *options) {
+// Ends the program where there is no device.
+static inline Backend *gpu_open(const CudaOptions *options) {
     Backend *backend = NULL;
     Status status = backend_cuda(options, &backend);
     if (status == STATUS_USAGE) {
@@ -52,9 +52,15 @@ static inline Backend *gpu_backend_with(const CudaOptions *options) {
     GPU_OK(status);
     return backend;
 }
+// The GPU backend in fp32 or bf16.
 static inline Backend *gpu_backend(bool fp32) {
     const CudaOptions options = {.device = 0, .fp32 = fp32};
-    return gpu_backend_with(&options);
+    return gpu_open(&options);
+}
+// In bf16, with weight gradients in bf16, too.
+static inline Backend *gpu_backend_bf16_grads(void) {
+    const CudaOptions options = {.device = 0, .grad_dtype = DTYPE_BF16};
+    return gpu_open(&options);
 }
 static inline Backend *gpu_reference(void) {
     static Backend *backend;
@@ -190,6 +196,11 @@ static inline void gpu_report(double error, double tolerance, const char *format
 }
 static inline double gpu_tolerance(DType dtype) {
     return dtype == DTYPE_F32 ? GPU_TOLERANCE_F32 : GPU_TOLERANCE_BF16;
+}
+// Of a weight gradient whose sums are made with an error of `sums`. In bf16 the one rounding of
+// the result comes on top.
+static inline double gpu_grad_tolerance(const Backend *gpu, double sums) {
+    return gpu->grad_dtype == DTYPE_F32 ? sums : GPU_TOLERANCE_BF16;
 }
 // Compares the two sides.
 static inline void pair_check(const Pair *p, double tolerance, const char *shape,

@@ -157,11 +157,14 @@ static const Shape shapes[] = {
 
 int main(void) {
     Backend *bf16 = gpu_backend(false), *f32 = gpu_backend(true);
+    Backend *bf16_grads = gpu_backend_bf16_grads();
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         check_shape(f32, &shapes[i]);
         // bf16 roundings of fewer elements do not average out.
         if (shapes[i].vocab > 8) check_shape(bf16, &shapes[i]);
+        if (shapes[i].vocab > 8) check_shape(bf16_grads, &shapes[i]);
     }
+    backend_destroy(bf16_grads);
     check_bad_target(bf16, 50);
     check_bad_target(bf16, -2);
     check_bad_target(f32, 2000000000);

@@ -122,12 +122,15 @@ static const Shape shapes[] = {
 
 int main(void) {
     Backend *bf16 = gpu_backend(false), *f32 = gpu_backend(true);
+    Backend *bf16_grads = gpu_backend_bf16_grads();
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         for (int keep = 0; keep < 2; keep++) {
             check_shape(f32, &shapes[i], keep);
             if (shapes[i].inner > 8) check_shape(bf16, &shapes[i], keep);
+            if (shapes[i].inner > 8) check_shape(bf16_grads, &shapes[i], keep);
         }
     }
+    backend_destroy(bf16_grads);
     backend_destroy(bf16);
     backend_destroy(f32);
     return gpu_test_result("ffn");

@@ -87,8 +87,10 @@ static void check_shape(Backend *gpu, const Shape *s) {
     // Weight gradients are fp32 sums of exact products in bf16, too, but the tensor cores cut sums
     // off instead of rounding them.
     bool f32 = gpu->compute_dtype == DTYPE_F32;
-    pair_check(&o.grad_weight, f32 ? tolerance : 1e-4, text, "grad_weight");
-    if (s->bias) pair_check(&o.grad_bias, GPU_TOLERANCE_F32, text, "grad_bias");
+    pair_check(&o.grad_weight, gpu_grad_tolerance(gpu, f32 ? tolerance : 1e-4), text,
+               "grad_weight");
+    if (s->bias)
+        pair_check(&o.grad_bias, gpu_grad_tolerance(gpu, GPU_TOLERANCE_F32), text, "grad_bias");
     free_operands(&o);
     check_repeats(gpu, s, text);
 }
@@ -105,10 +107,13 @@ static const Shape shapes[] = {
 
 int main(void) {
     Backend *bf16 = gpu_backend(false), *f32 = gpu_backend(true);
+    Backend *bf16_grads = gpu_backend_bf16_grads();
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         check_shape(f32, &shapes[i]);
         check_shape(bf16, &shapes[i]);
+        check_shape(bf16_grads, &shapes[i]);
     }
+    backend_destroy(bf16_grads);
     backend_destroy(bf16);
     backend_destroy(f32);
     return gpu_test_result("gemm");

@@ -176,19 +176,22 @@ static const Shape shapes[] = {
     {200, 100, 50, 256, 2, SPREAD_GAPS},
 };
 
-int main(void) {
-    for (int fp32 = 1; fp32 >= 0; fp32--) {
-        Backend *gpu = gpu_backend(fp32);
-        for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) check_shape(gpu, &shapes[i]);
-        // Row counts around the multiple of 256 that a product's algorithm is chosen for.
-        const int64_t tokens[] = {15, 16, 255, 256, 257, 511, 513};
-        for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; i++) {
-            const Shape s = {tokens[i], 256, 128, 2, 1, SPREAD_ONE};
-            check_shape(gpu, &s);
-        }
-        check_new_routing(gpu);
-        backend_destroy(gpu);
+static void check_all(Backend *gpu) {
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) check_shape(gpu, &shapes[i]);
+    // Row counts around the multiple of 256 that a product's algorithm is chosen for.
+    const int64_t tokens[] = {15, 16, 255, 256, 257, 511, 513};
+    for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; i++) {
+        const Shape s = {tokens[i], 256, 128, 2, 1, SPREAD_ONE};
+        check_shape(gpu, &s);
     }
+    check_new_routing(gpu);
+    backend_destroy(gpu);
+}
+
+int main(void) {
+    check_all(gpu_backend(true));
+    check_all(gpu_backend(false));
+    check_all(gpu_backend_bf16_grads());
     backend_destroy(gpu_reference());
     return gpu_test_result("test_gpu_moe");
 }
