@@ -98,6 +98,12 @@ static inline size_t scratch_bytes(size_t bytes) {
     return (bytes + 255) / 256 * 256;
 }
 
+// The first `count` side streams start where the compute stream is now, and the compute stream goes
+// on when they are done. Products of one op that do not depend on each other run there beside each
+// other: the blocks of one fill the chip where the last wave of another leaves room.
+Status sides_fork(CudaBackend *backend, int count) NODISCARD;
+Status sides_join(CudaBackend *backend, int count) NODISCARD;
+
 // --- gemm.cu: row-major GEMM through cuBLASLt, descriptors and algorithm cached per shape -------
 
 // C = alpha · op(A) · op(B) + beta · C (+ bias over columns), all row-major and packed unless a
@@ -111,8 +117,8 @@ typedef struct Gemm {
     const void *bias;      // (n) of dtype_ab, or NULL; only with dtype_c = dtype_ab
     int64_t lda, ldb, ldc; // 0 = packed
     float alpha, beta;
-    // The row count (m; k with transpose_a) is new in every step, as an expert's is: the algorithm
-    // is that of the next multiple of 256, so that no step waits for the heuristic.
+    // The row count (m; k with transpose_a) is new in every step, as an expert's is: a few counts
+    // stand for all when the algorithm is chosen, so that no step waits for that.
     bool rows_vary;
 } Gemm;
 enum { GEMM_WORKSPACE_BYTES = 32 << 20 };
@@ -120,10 +126,10 @@ Status gemm_run(CudaBackend *backend, const Gemm *gemm, int stream_index) NODISC
 // C = A · B with everything in compute_dtype, to be changed where it differs and run.
 Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const void *a,
              const void *b, void *c);
-// grad (m, n) += doutᵀ · x, or = with assign, for dout (T, m) and x (T, n), grad of grad_dtype, on
-// the compute stream.
+// grad (m, n) += doutᵀ · x, or = with assign, for dout (T, m) and x (T, n), grad of grad_dtype.
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, bool assign, void *grad) NODISCARD;
+                            const void *dout, const void *x, bool assign, void *grad,
+                            int stream_index) NODISCARD;
 Status gemm_cache_create(CudaBackend *backend) NODISCARD;
 void gemm_cache_destroy(CudaBackend *backend);
 

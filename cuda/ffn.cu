@@ -60,11 +60,13 @@ Status cuda_ffn_backward(Backend *base, const FfnArgs *args) {
                            .dgate_up = dgate_up};
     TRY(swiglu_backward(backend, &swiglu, backend->stream));
     const void *activation = args->activation ? args->activation : dactivation;
+    TRY(sides_fork(backend, 2));
     TRY(gemm_weight_gradient(backend, tokens, hidden, inner, args->dout, activation,
-                             args->grad_assign, args->grad_down));
+                             args->grad_assign, args->grad_down, 1));
     TRY(gemm_weight_gradient(backend, tokens, 2 * inner, hidden, dgate_up, args->x,
-                             args->grad_assign, args->grad_gate_up));
+                             args->grad_assign, args->grad_gate_up, 2));
     const Gemm inputs =
         gemm_of(backend, tokens, hidden, 2 * inner, dgate_up, args->weight_gate_up, args->dx);
-    return gemm_run(backend, &inputs, 0);
+    TRY(gemm_run(backend, &inputs, 0));
+    return sides_join(backend, 2);
 }

@@ -3,8 +3,8 @@
 // cuBLASLt is column-major; a row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ, so operands swap
 // places and nothing is ever transposed in memory. The first call of a shape asks the heuristic;
 // later calls find the entry in an open-addressing table. An expert's product has a new row count
-// in every step: it takes the algorithm chosen for the count rounded up and only the layouts, which
-// are cheap, are its own.
+// in every step: it takes the algorithm chosen for a count that stands for its size, and only the
+// layouts, which are cheap, are its own.
 //
 // Large products are then timed (gemm_tune.cu), on the first call that assigns C: one that adds to
 // it cannot be repeated. The result never depends on that. Split sums are only ever combined in
@@ -15,7 +15,7 @@
 #include "cuda/cuda.h"
 #include "cuda/gemm_tune.cuh"
 
-enum { GEMM_CACHE_SLOTS = 4096, GEMM_ROWS_STEP = 256, GEMM_ROWS_ALIGNMENT = 16 };
+enum { GEMM_CACHE_SLOTS = 1024, GEMM_ROWS_ALIGNMENT = 16 };
 // Products below this many multiply-adds end before a better algorithm could show.
 static const double TUNE_MIN_PRODUCT = 4e9;
 
@@ -98,9 +98,7 @@ static GemmKey make_key(const Gemm *g) {
     key.alignment = pointer_alignment(g);
     if (g->rows_vary) {
         int64_t *rows = g->transpose_a ? &key.k : &key.m;
-        int64_t step = GEMM_ROWS_STEP; // an eighth of the count's power of two
-        while (step * 16 <= *rows) step *= 2;
-        *rows = div_up(*rows, step) * step;
+        *rows = *rows <= 512 ? 256 : *rows <= 2048 ? 1024 : 8192;
         if (key.alignment > GEMM_ROWS_ALIGNMENT) key.alignment = GEMM_ROWS_ALIGNMENT;
     }
     return key;
@@ -282,7 +280,9 @@ static cublasStatus_t attempt(void *context, int index) {
 }
 
 // Once per shape, on the first call that can be repeated; fp32, which is for comparisons, is left
-// alone.
+// alone. Where row counts vary, the algorithms are compared on this call's count and are those of
+// the count that stands for it. Equal bits carry over to other counts: how the terms of one output
+// element are added up does not depend on how many rows there are.
 static Status tune(CudaBackend *backend, const Gemm *g, GemmEntry *entry, int stream_index) {
     const double size = (double)g->m * (double)g->n * (double)g->k;
     if (entry->tuned || g->beta != 0.0f || g->dtype_ab == DTYPE_F32 || size < TUNE_MIN_PRODUCT ||
@@ -345,10 +345,11 @@ Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const 
 }
 
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, bool assign, void *grad) {
+                            const void *dout, const void *x, bool assign, void *grad,
+                            int stream_index) {
     Gemm product = gemm_of(backend, m, n, tokens, dout, x, grad);
     product.transpose_a = true;
     product.dtype_c = backend->base.grad_dtype;
     product.beta = assign ? 0.0f : 1.0f;
-    return gemm_run(backend, &product, 0);
+    return gemm_run(backend, &product, stream_index);
 }
