@@ -94,22 +94,6 @@ static void set_workspace(Backend *base, void *device, size_t bytes) {
     cuda_of(base)->workspace_bytes = bytes;
 }
 
-// --- Streams ---------------------------------------------------------------------------------
-
-Status sides_fork(CudaBackend *b, int count) {
-    CUDA_TRY(b, cudaEventRecord(b->fork_event, b->stream));
-    for (int i = 0; i < count; i++) CUDA_TRY(b, cudaStreamWaitEvent(b->side[i], b->fork_event, 0));
-    return STATUS_OK;
-}
-
-Status sides_join(CudaBackend *b, int count) {
-    for (int i = 0; i < count; i++) {
-        CUDA_TRY(b, cudaEventRecord(b->join_event[i], b->side[i]));
-        CUDA_TRY(b, cudaStreamWaitEvent(b->stream, b->join_event[i], 0));
-    }
-    return STATUS_OK;
-}
-
 // --- Memory ----------------------------------------------------------------------------------
 
 static Status device_alloc(Backend *base, size_t bytes, void **out) {

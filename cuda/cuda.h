@@ -98,12 +98,6 @@ static inline size_t scratch_bytes(size_t bytes) {
     return (bytes + 255) / 256 * 256;
 }
 
-// The first `count` side streams start where the compute stream is now, and the compute stream goes
-// on when they are done. Products of one op that do not depend on each other run there beside each
-// other: the blocks of one fill the chip where the last wave of another leaves room.
-Status sides_fork(CudaBackend *backend, int count) NODISCARD;
-Status sides_join(CudaBackend *backend, int count) NODISCARD;
-
 // --- gemm.cu: row-major GEMM through cuBLASLt, descriptors and algorithm cached per shape -------
 
 // C = alpha · op(A) · op(B) + beta · C (+ bias over columns), all row-major and packed unless a
@@ -128,8 +122,7 @@ Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const 
              const void *b, void *c);
 // grad (m, n) += doutᵀ · x, or = with assign, for dout (T, m) and x (T, n), grad of grad_dtype.
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, bool assign, void *grad,
-                            int stream_index) NODISCARD;
+                            const void *dout, const void *x, bool assign, void *grad) NODISCARD;
 Status gemm_cache_create(CudaBackend *backend) NODISCARD;
 void gemm_cache_destroy(CudaBackend *backend);
 

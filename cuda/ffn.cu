@@ -60,13 +60,11 @@ Status cuda_ffn_backward(Backend *base, const FfnArgs *args) {
                            .dgate_up = dgate_up};
     TRY(swiglu_backward(backend, &swiglu, backend->stream));
     const void *activation = args->activation ? args->activation : dactivation;
-    TRY(sides_fork(backend, 2));
     TRY(gemm_weight_gradient(backend, tokens, hidden, inner, args->dout, activation,
-                             args->grad_assign, args->grad_down, 1));
+                             args->grad_assign, args->grad_down));
     TRY(gemm_weight_gradient(backend, tokens, 2 * inner, hidden, dgate_up, args->x,
-                             args->grad_assign, args->grad_gate_up, 2));
+                             args->grad_assign, args->grad_gate_up));
     const Gemm inputs =
         gemm_of(backend, tokens, hidden, 2 * inner, dgate_up, args->weight_gate_up, args->dx);
-    TRY(gemm_run(backend, &inputs, 0));
-    return sides_join(backend, 2);
+    return gemm_run(backend, &inputs, 0);
 }

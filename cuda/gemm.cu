@@ -345,11 +345,10 @@ Gemm gemm_of(const CudaBackend *backend, int64_t m, int64_t n, int64_t k, const 
 }
 
 Status gemm_weight_gradient(CudaBackend *backend, int64_t tokens, int64_t m, int64_t n,
-                            const void *dout, const void *x, bool assign, void *grad,
-                            int stream_index) {
+                            const void *dout, const void *x, bool assign, void *grad) {
     Gemm product = gemm_of(backend, m, n, tokens, dout, x, grad);
     product.transpose_a = true;
     product.dtype_c = backend->base.grad_dtype;
     product.beta = assign ? 0.0f : 1.0f;
-    return gemm_run(backend, &product, stream_index);
+    return gemm_run(backend, &product, 0);
 }

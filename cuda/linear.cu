@@ -114,21 +114,16 @@ Status cuda_linear_forward(Backend *base, const LinearArgs *args) {
     return gemm_run(backend, &product, 0);
 }
 
-static Status input_gradient(CudaBackend *backend, const LinearArgs *args) {
-    Gemm inputs = gemm_of(backend, args->tokens, args->in_features, args->out_features, args->dout,
-                          args->weight, args->dx);
-    inputs.beta = args->dx_accumulate ? 1.0f : 0.0f;
-    return gemm_run(backend, &inputs, 0);
-}
-
 Status cuda_linear_backward(Backend *base, const LinearArgs *args) {
     CudaBackend *backend = cuda_of(base);
     backend->current_op = "linear_backward";
     if (args->tokens == 0) return STATUS_OK;
-    TRY(sides_fork(backend, 1));
     TRY(gemm_weight_gradient(backend, args->tokens, args->out_features, args->in_features,
-                             args->dout, args->x, args->grad_assign, args->grad_weight, 1));
+                             args->dout, args->x, args->grad_assign, args->grad_weight));
     if (args->bias) TRY(add_column_sums(backend, args));
-    if (args->dx) TRY(input_gradient(backend, args));
-    return sides_join(backend, 1);
+    if (!args->dx) return STATUS_OK;
+    Gemm inputs = gemm_of(backend, args->tokens, args->in_features, args->out_features, args->dout,
+                          args->weight, args->dx);
+    inputs.beta = args->dx_accumulate ? 1.0f : 0.0f;
+    return gemm_run(backend, &inputs, 0);
 }
