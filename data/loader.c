@@ -7,6 +7,8 @@
 //
 // The thread fills step `produced` when its slot is free, the consumer takes step `taken` and gives
 // back the one before. What a step contains depends on the state before it only, never on timing.
+// The thread starts with the first step asked for, not before: shards are verified in child
+// processes (data/sandbox.h), and a process must not fork while a thread of it may hold a lock.
 // When the thread fails it leaves its error record and ends; the consumer gets the steps that were
 // finished before and then the error.
 #include "data/loader.h"
@@ -266,12 +268,10 @@ static Status set_up(const LoaderConfig *config, const LoaderState *resume, Load
     loader->rank = config->rank;
     loader->world = config->world;
     TRY(measure(config, &loader->geometry));
-    // Opens and verifies everything, child processes included, before the thread exists.
     TRY(sources_open(config, &loader->sources));
     TRY(set_mixture(config, &loader->mixture));
     TRY(set_state(config, resume, &loader->state));
-    TRY(allocate_slots(config, loader));
-    return start_thread(loader);
+    return allocate_slots(config, loader);
 }
 
 Status loader_open(const LoaderConfig *config, const LoaderState *resume, Loader **out) {
@@ -313,6 +313,7 @@ void loader_close(Loader *loader) {
 Status loader_next(Loader *loader, const StepBatch **out) {
     double begin = clock_seconds();
     Slot *slot = NULL;
+    if (!loader->has_thread) TRY(start_thread(loader));
     pthread_mutex_lock(&loader->mutex);
     loader->released = loader->taken; // the step handed out before is done with
     pthread_cond_signal(&loader->released_one);

@@ -61,9 +61,9 @@ typedef struct StepBatch {
 typedef struct Loader Loader;
 
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) NODISCARD;
-// resume NULL = from the beginning. Verifies shards (cached), reads structure, starts the thread.
-// Call it before large allocations: verification forks (data/sandbox.h). Texts that the
-// configuration points to are not used after the call.
+// resume NULL = from the beginning. Verifies shards (cached) and reads their structure; the thread
+// starts with the first loader_next(). Call it before large allocations: verification forks
+// (data/sandbox.h). Texts that the configuration points to are not used after the call.
 Status loader_open(const LoaderConfig *config, const LoaderState *resume, Loader **out) NODISCARD;
 // The next step; valid until the next call. Epochs follow one another for ever.
 Status loader_next(Loader *loader, const StepBatch **out) NODISCARD;
