@@ -6,6 +6,8 @@
     plot_run.py RUN --out DIR           writes them elsewhere
     plot_run.py RUN --perplexity NAME   only prints the perplexity of the latest evaluation of
                                         that name: start, valid or end
+    plot_run.py RUN --compare OTHER     only prints how far the training losses of two runs are
+                                        apart, relative to OTHER's, at the steps that both logged
 
 RUN is a run directory or a log.jsonl. The format of the log is described in train/report.h.
 """
@@ -218,6 +220,23 @@ def print_perplexity(run, name):
     print(f"{found[-1]['perplexity']:.2f}")
 
 
+def print_difference(run, other):
+    """The largest relative difference of the training losses and where it is."""
+    losses = [{record["step"]: record.get("cross_entropy") for record in read_log(path)["step"]}
+              for path in (run, other)]
+    steps = sorted(losses[0].keys() & losses[1].keys())
+    if not steps:
+        raise PlotError(f"{run} and {other} have logged no step in common")
+    for path, values in zip((run, other), losses):
+        missing = [step for step in steps if values[step] is None]
+        if missing:
+            raise PlotError(f"{path}: the loss of step {missing[0]} is not a number")
+    apart = {step: abs(losses[0][step] / losses[1][step] - 1) for step in steps}
+    worst = max(steps, key=apart.get)
+    print(f"at most {100 * apart[worst]:.2f} % apart, at step {worst} ({losses[0][worst]:.4f} "
+          f"against {losses[1][worst]:.4f}); {len(steps)} steps compared")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a log.jsonl")
@@ -226,9 +245,14 @@ def main():
     parser.add_argument("--perplexity", metavar="NAME",
                         help="print the perplexity of the latest evaluation NAME (start, valid, "
                         "end) and draw nothing")
+    parser.add_argument("--compare", type=Path, metavar="OTHER",
+                        help="print the largest relative difference of the training losses of RUN "
+                        "and OTHER and draw nothing")
     arguments = parser.parse_args()
     try:
-        if arguments.perplexity:
+        if arguments.compare:
+            print_difference(arguments.run, arguments.compare)
+        elif arguments.perplexity:
             print_perplexity(arguments.run, arguments.perplexity)
         else:
             plot(arguments.run, arguments.out)

@@ -83,6 +83,21 @@ class PlotRun(unittest.TestCase):
         self.assert_error(self.plot(self.run_path, "--perplexity", "middle"),
                           "found: end, start, valid")
 
+    def test_comparison(self):
+        self.write([step_record(step, False) for step in (10, 20, 30)])
+        other = self.run_path.parent / "other.jsonl"
+        records = [step_record(step, False) for step in (20, 30, 40)]
+        records[1]["cross_entropy"] *= 0.98
+        other.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.assertEqual(self.plot(self.run_path, "--compare", other).stdout,
+                         "at most 2.04 % apart, at step 30 (3.7000 against 3.6260); 2 steps "
+                         "compared\n")
+        records[0]["cross_entropy"] = None
+        other.write_text(json.dumps(records[0]) + "\n")
+        self.assert_error(self.plot(self.run_path, "--compare", other), "step 20 is not a number")
+        other.write_text(json.dumps(records[2]) + "\n")
+        self.assert_error(self.plot(self.run_path, "--compare", other), "no step in common")
+
     def test_missing_and_empty_logs(self):
         self.assert_error(self.plot(self.run_path / "absent"), "absent: no such file")
         self.assert_error(self.plot(self.run_path), "log.jsonl: no such file")
