@@ -5,8 +5,8 @@
 #
 #   scripts/bench_cpu.sh [--threads N] [--rounds N] [--tokenizer DIR --text FILE]
 #
-# FILE should have some 100 MB: a worker needs a second to load a large tokenizer, and gets faster as
-# it has seen more words. With it, reading is also measured on its shards, whose ids have 32 bits.
+# FILE should have some 100 MB: a worker needs a second to load a large tokenizer, and gets faster
+# the more words it has seen. Reading is then also measured on its shards, whose ids have 32 bits.
 #
 # Ours and PyTorch take turns, round by round, so that both see the machine in the same state. Torch
 # is looked for in $BENCH_PYTHON, .venv and the system's python3; without it that half is left out.
