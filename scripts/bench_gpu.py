@@ -137,7 +137,8 @@ def command(arguments, name, case, work):
         "run.name": name, "run.directory": work / "runs", "run.device": "cuda",
         "data.train": work / "shards", "data.sequence_length": case.length,
         "train.steps": 1000000, "train.micro_batch": case.batch, "train.global_batch": case.batch,
-        "train.recompute": "swiglu", "train.log_every": 1, "optim.schedule": "constant", "checkpoint.every": 0,
+        "train.recompute": "swiglu", "train.log_every": 1, "optim.schedule": "constant",
+        "checkpoint.every": 0,
         "report.tensorboard": "false", "report.expert_load_every": 1000, "export.hf": "false",
         **model_settings(case, work)}
     recipe = work / f"{name}.ini"
