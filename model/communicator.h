@@ -1,0 +1,69 @@
+// What the ranks of a run say to each other: collectives over device memory.
+//
+// A Communicator belongs to one backend and one world. The CPU's speaks TCP (cpu/communicator*.c),
+// the GPU's NCCL (cuda/communicator.cu). optim/, model/ and train/ call only this header.
+//
+// Rules, valid for every collective:
+//  - All ranks make the same calls in the same order with the same sizes. A difference that the
+//    communicator can see (sequence number, kind, bytes) is STATUS_COMMUNICATION naming both.
+//  - A call starts once everything that was queued on the backend's compute stream before it is
+//    done, and returns without waiting for the other ranks where the backend can; collectives run
+//    in order on a stream of their own. Nothing on the compute stream may touch the operands until
+//    communicator_wait(), which makes the compute stream (on the CPU: the caller) wait for
+//    everything started up to and including that ticket.
+//  - Sums are deterministic: ((rank 0 + rank 1) + rank 2) + ..., or the pairwise tree by rank that
+//    `tree` asks for, in the type of the operands (BF16 is summed in fp32 and rounded once).
+//  - A peer that closed, reset, or has not moved a byte for timeout_seconds is
+//    STATUS_COMMUNICATION, naming the rank and the collective. After an error only abort and
+//    destroy may be called.
+#ifndef MODEL_COMMUNICATOR_H
+#define MODEL_COMMUNICATOR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "base/status.h"
+#include "model/backend.h"
+
+typedef struct Communicator Communicator;
+typedef int64_t CommTicket; // grows by one with each collective
+
+typedef enum CommType { COMM_F32, COMM_BF16, COMM_F64, COMM_I64, COMM_BYTE } CommType;
+typedef enum CommReduce { COMM_SUM, COMM_MIN, COMM_MAX } CommReduce;
+
+typedef struct CommunicatorOps {
+    // In place over `count` elements.
+    Status (*all_reduce)(Communicator *, void *values, int64_t count, CommType, CommReduce,
+                         CommTicket *) NODISCARD;
+    // `values` holds world parts of `part` elements; part `rank` of it becomes the sum over ranks
+    // of that part, the rest is undefined afterwards.
+    Status (*reduce_scatter)(Communicator *, void *values, int64_t part, CommType,
+                             CommTicket *) NODISCARD;
+    // `values` holds world parts of `part` elements; part `rank` is sent, the others received.
+    Status (*all_gather)(Communicator *, void *values, int64_t part, CommType,
+                         CommTicket *) NODISCARD;
+    Status (*broadcast)(Communicator *, void *values, int64_t count, CommType, int root,
+                        CommTicket *) NODISCARD;
+    // Rank r gets send_bytes[r] bytes from send + send_at[r]; recv likewise. Host arrays (world).
+    Status (*all_to_all)(Communicator *, const void *send, const int64_t *send_at,
+                         const int64_t *send_bytes, void *recv, const int64_t *recv_at,
+                         const int64_t *recv_bytes, CommTicket *) NODISCARD;
+    Status (*wait)(Communicator *, CommTicket) NODISCARD;
+    // Whether anything started so far has failed, without waiting.
+    Status (*check)(Communicator *) NODISCARD;
+    // Ends everything in flight on this rank, from any thread: the watchdog's way out of a
+    // collective that will never finish. Calls that wait return STATUS_COMMUNICATION.
+    void (*abort)(Communicator *);
+    // Name and sequence number of the collective that is running or ran last, for the watchdog.
+    const char *(*last)(Communicator *, CommTicket *);
+    void (*destroy)(Communicator *);
+} CommunicatorOps;
+
+struct Communicator {
+    const CommunicatorOps *ops;
+    int rank, world;
+    double timeout_seconds;
+    bool tree; // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
+    // followed by the communicator's own state
+};
+
+#endif
