@@ -7,6 +7,8 @@
 // until its time is up.
 #include "train/rendezvous.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -304,7 +306,20 @@ static Status receive_ranks(Host *host) {
     return judge(host, clock_seconds() - start);
 }
 
-static Status join_as_host(Rendezvous *r, const Hello *self) {
+static Status open_listener(const Rendezvous *r, int inherited, int *listener) {
+    if (inherited > 0) {
+        *listener = inherited;
+        if (fcntl(inherited, F_SETFD, FD_CLOEXEC) == 0) return STATUS_OK;
+        FAIL(STATUS_USAGE, "descriptor %d, the listening socket from the parent: %s", inherited,
+             strerror(errno));
+    }
+    Status status = net_listen(rendezvous_listen_host(r), r->master_port, listener, NULL);
+    if (status != STATUS_OK)
+        status = status_prefix(status, "rendezvous of rank 0 (MASTER_ADDR, MASTER_PORT): ");
+    return status;
+}
+
+static Status join_as_host(Rendezvous *r, const Hello *self, int inherited) {
     Status status = STATUS_OK;
     Host *host = calloc(1, sizeof *host);
     if (!host) FAIL(STATUS_INTERNAL, "out of memory");
@@ -323,11 +338,7 @@ static Status join_as_host(Rendezvous *r, const Hello *self) {
     name_place(&r->places[0], self);
     if (getrandom(r->nonce, sizeof r->nonce, 0) != sizeof r->nonce)
         FAIL_GOTO(done, STATUS_INTERNAL, "the system gave no random bytes");
-    status = net_listen(rendezvous_listen_host(r), r->master_port, &host->reception.listener, NULL);
-    if (status != STATUS_OK) {
-        status_prefix(status, "rendezvous of rank 0 (MASTER_ADDR, MASTER_PORT): ");
-        goto done;
-    }
+    TRY_GOTO(open_listener(r, inherited, &host->reception.listener), done);
     status = receive_ranks(host);
     tell_everyone(host, status);
     if (status == STATUS_OK) status = send_places(r);
@@ -418,7 +429,7 @@ Status rendezvous_join(const RendezvousOptions *options, Rendezvous **out) {
     if (options->mesh) TRY_GOTO(rendezvous_mesh_listen(r, &mesh_port), failed);
     TRY_GOTO(make_hello(r, options, mesh_port, &self), failed);
     name_place(&r->places[0], &self); // alone: nobody else fills it
-    if (r->world > 1 && r->rank == 0) TRY_GOTO(join_as_host(r, &self), failed);
+    if (r->world > 1 && r->rank == 0) TRY_GOTO(join_as_host(r, &self, options->listener), failed);
     if (r->world > 1 && r->rank > 0) TRY_GOTO(join_as_guest(r, &self), failed);
     if (options->mesh)
         TRY_GOTO(rendezvous_mesh_connect(r, clock_seconds() + r->timeout_seconds), failed);

@@ -33,6 +33,7 @@ typedef struct RendezvousOptions {
     const char *job, *recipe, *build;
     double timeout_seconds; // for joining, and for each call afterwards
     bool mesh;
+    int listener; // of rank 0: a socket that listens there already, taken over; <= 0: none
 } RendezvousOptions;
 
 typedef struct Rendezvous Rendezvous;
