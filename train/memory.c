@@ -85,7 +85,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY(prepare_train_data(recipe, config, &data));
     TRY(model_plan(backend, config, &options, device));
     TRY(tensor_table_build(config, &table));
-    TRY_GOTO(optimizer_plan(&table, &optimizer, device), done);
+    TRY_GOTO(optimizer_plan(&table, &optimizer, backend->compute_dtype, 1, device), done);
     TRY_GOTO(checkpoint_plan(&table, optimizer.state_dtype, &out->machine), done);
     TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:

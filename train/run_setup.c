@@ -59,7 +59,7 @@ static Status open_model(Trainer *t, TensorSource *source) {
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
     INVARIANT(model_sums_stride(t->model) == t->state.stride);
     TRY(model_sums_create(t->model, &t->sums));
-    TRY(optimizer_create(t->model, &options, &t->optimizer));
+    TRY(optimizer_create(t->model, &options, NULL, &t->optimizer));
     return fill_model(t, source);
 }
 
