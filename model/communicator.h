@@ -12,7 +12,8 @@
 //    communicator_wait(), which makes the compute stream (on the CPU: the caller) wait for
 //    everything started up to and including that ticket.
 //  - Sums are deterministic: ((rank 0 + rank 1) + rank 2) + ..., or the pairwise tree by rank that
-//    `tree` asks for, in the type of the operands (BF16 is summed in fp32 and rounded once).
+//    `tree` asks for, in the type of the operands (BF16 is summed in fp32 and rounded once). All
+//    ranks get the same bits. In a minimum or maximum of the CPU's communicator a NaN wins.
 //  - A peer that closed, reset, or has not moved a byte for timeout_seconds is
 //    STATUS_COMMUNICATION, naming the rank and the collective. After an error only abort and
 //    destroy may be called.
@@ -48,12 +49,14 @@ typedef struct CommunicatorOps {
                          const int64_t *send_bytes, void *recv, const int64_t *recv_at,
                          const int64_t *recv_bytes, CommTicket *) NODISCARD;
     Status (*wait)(Communicator *, CommTicket) NODISCARD;
-    // Whether anything started so far has failed, without waiting.
+    // Whether anything started so far has failed, or was aborted, without waiting. Like all calls
+    // but abort and last, for the one thread that makes the collectives.
     Status (*check)(Communicator *) NODISCARD;
     // Ends everything in flight on this rank, from any thread: the watchdog's way out of a
     // collective that will never finish. Calls that wait return STATUS_COMMUNICATION.
     void (*abort)(Communicator *);
-    // Name and sequence number of the collective that is running or ran last, for the watchdog.
+    // Name and ticket of the collective that is running or ran last ("none", 0 before the first),
+    // from any thread, for the watchdog.
     const char *(*last)(Communicator *, CommTicket *);
     void (*destroy)(Communicator *);
 } CommunicatorOps;
@@ -65,5 +68,26 @@ struct Communicator {
     bool tree; // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
     // followed by the communicator's own state
 };
+
+static inline void communicator_destroy(Communicator *communicator) {
+    if (communicator) communicator->ops->destroy(communicator);
+}
+
+typedef struct CommunicatorOptions {
+    double timeout_seconds; // > 0
+    bool tree;
+} CommunicatorOptions;
+
+// A connected TCP socket to every other rank: a full mesh, as train/rendezvous.h makes it.
+typedef struct CommunicatorLinks {
+    int rank, world;
+    const int *sockets;       // (world), non-blocking; [rank] is -1
+    const char *const *names; // (world) what messages say of a rank ("node3, pid 77"), or NULL
+} CommunicatorLinks;
+
+// For backends whose device memory the host can read (cpu/communicator_tcp.c). Collectives run to
+// their end before they return, in the caller's thread. Takes the sockets over when it succeeds.
+Status communicator_tcp(const CommunicatorLinks *links, const CommunicatorOptions *options,
+                        Communicator **out) NODISCARD;
 
 #endif
