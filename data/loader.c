@@ -103,6 +103,13 @@ static Status measure(const LoaderConfig *config, Geometry *out) {
     return STATUS_OK;
 }
 
+int loader_micro_batches(const LoaderConfig *config) {
+    Geometry geometry;
+    if (measure(config, &geometry) == STATUS_OK) return geometry.num_micro;
+    status_clear();
+    return 0;
+}
+
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) {
     Geometry geometry;
     TRY(measure(config, &geometry));

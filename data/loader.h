@@ -62,6 +62,8 @@ typedef struct StepBatch {
 
 typedef struct Loader Loader;
 
+// Micro-batches of a step on each rank; 0 where the configuration is no legal one.
+int loader_micro_batches(const LoaderConfig *config);
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) NODISCARD;
 // resume NULL = from the beginning. Verifies shards (cached) and reads their structure; the thread
 // starts with the first loader_next(). Call it before large allocations: verification forks

@@ -62,7 +62,7 @@ typedef Status (*ModelObserver)(void *context, int layer, ObservePoint point, co
                                 int64_t tokens);
 
 // What a pass tells about weights and gradients, so that they can travel between ranks while it
-// runs (optim/exchange.h). Either function may be NULL. "Matrices" are [0, table.vectors_begin).
+// runs (optim/traffic.h). Either function may be NULL. "Matrices" are [0, table.vectors_begin).
 typedef struct ModelHooks {
     void *context;
     // The forward pass is about to read the matrices' elements [0, end), and any of the others.

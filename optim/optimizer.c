@@ -89,17 +89,17 @@ static Status create_master(Optimizer *optimizer) {
     return STATUS_OK;
 }
 
-Status optimizer_create(Model *model, const OptimizerOptions *options, Exchange *exchange,
+Status optimizer_create(Model *model, const OptimizerOptions *options, Traffic *traffic,
                         Optimizer **out) {
     Status status = STATUS_OK;
     Optimizer *optimizer = calloc(1, sizeof *optimizer);
     if (!optimizer) FAIL(STATUS_INTERNAL, "out of memory for the optimizer");
     optimizer->model = model;
     optimizer->options = *options;
-    optimizer->exchange = exchange;
-    optimizer->partition = exchange ? &exchange->partition : &optimizer->alone;
+    optimizer->traffic = traffic;
+    optimizer->partition = traffic ? &traffic->partition : &optimizer->alone;
     Backend *backend = model->backend;
-    if (!exchange)
+    if (!traffic)
         TRY_GOTO(partition_create(&model->table, 0, 1, INT64_MAX, &optimizer->alone), fail);
     size_t bytes = (size_t)optimizer->partition->owned * dtype_bytes(options->state_dtype);
     TRY_GOTO(build_runs(optimizer), fail);
@@ -194,7 +194,7 @@ static Status update_buckets(Optimizer *optimizer, AdamwArgs args) {
         for (int i = 0; i < optimizer->num_runs; i++)
             if (optimizer->runs[i].bucket == bucket)
                 TRY(update_run(optimizer, &optimizer->runs[i], args));
-        if (optimizer->exchange) TRY(exchange_gather(optimizer->exchange, bucket));
+        if (optimizer->traffic) TRY(traffic_gather(optimizer->traffic, bucket));
     }
     return STATUS_OK;
 }

@@ -8,7 +8,7 @@
 #include "base/memory_plan.h"
 #include "base/status.h"
 #include "model/model.h"
-#include "optim/exchange.h"
+#include "optim/traffic.h"
 
 typedef struct OptimizerOptions {
     double beta1, beta2, epsilon, weight_decay, clip_norm; // clip_norm 0 = off
@@ -29,8 +29,8 @@ typedef struct OptimizerRun {
 typedef struct Optimizer {
     Model *model;
     OptimizerOptions options;
-    Exchange *exchange;         // NULL with one rank
-    const Partition *partition; // the exchange's, or `alone`
+    Traffic *traffic;           // NULL with one rank
+    const Partition *partition; // the traffic's, or `alone`
     Partition alone;
     void *m, *v;              // (partition->owned) of state_dtype, device memory
     float *master;            // (partition->owned) fp32 weights; NULL where the model has them all
@@ -45,9 +45,9 @@ typedef struct Optimizer {
 // those: the table is padded for as many.
 Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options, DType compute,
                       int ranks, MemoryPlan *plan) NODISCARD;
-// `exchange` NULL: this rank is alone and owns everything. With an exchange, create the optimizer
+// `traffic` NULL: this rank is alone and owns everything. With traffic, create the optimizer
 // before the model is loaded.
-Status optimizer_create(Model *model, const OptimizerOptions *options, Exchange *exchange,
+Status optimizer_create(Model *model, const OptimizerOptions *options, Traffic *traffic,
                         Optimizer **out) NODISCARD;
 void optimizer_destroy(Optimizer *optimizer);
 
@@ -59,8 +59,8 @@ double optimizer_norm(const double sums[2]);
 // Both, for one rank.
 Status optimizer_gradient_norm(Optimizer *optimizer, double *norm) NODISCARD;
 // One update, gradients scaled so that their norm is at most clip_norm. `norm` must be finite: the
-// caller skips the step otherwise (optim/skip_rule.h). With an exchange the new weights are on
-// their way to the other ranks when it returns (exchange_settle).
+// caller skips the step otherwise (optim/skip_rule.h). With traffic the new weights are on
+// their way to the other ranks when it returns (traffic_settle).
 Status optimizer_step(Optimizer *optimizer, double learning_rate, double norm) NODISCARD;
 
 #endif
