@@ -46,6 +46,11 @@ bool log_enabled(LogLevel level) {
     return level <= threshold;
 }
 
+void log_lower(void) {
+    pthread_once(&once, look_around);
+    if (threshold > LOG_ERROR) threshold--;
+}
+
 // Called with the lock held.
 static void erase_transient(void) {
     if (transient_shown) fputs("\r\033[K", stderr);

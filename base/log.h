@@ -9,6 +9,8 @@ typedef enum LogLevel { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG } LogLevel;
 
 void log_line(LogLevel level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 bool log_enabled(LogLevel level);
+// From now on one level less than asked for: for processes whose progress another one reports.
+void log_lower(void);
 
 // A transient line that the next log or status line overwrites; only shown on a terminal. An empty
 // text takes it away.

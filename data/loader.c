@@ -28,7 +28,7 @@ static const uint64_t max_samples = UINT64_C(1) << 62;
 
 // Rows of a step on one rank.
 typedef struct Geometry {
-    int64_t rows;                       // this rank's share of the global batch, rounded up
+    int64_t rows;                       // of this rank, with those that stay empty
     int num_micro;                      // micro-batches, the same on every rank
     int64_t positions;                  // num_micro * micro_batch * sequence_length
     uint64_t arrays_bytes, micro_bytes; // of one slot
@@ -45,8 +45,8 @@ struct Loader {
     Sources sources;
     Mixture mixture;
     Geometry geometry;
-    int64_t micro_batch, global_batch;
-    int rank, world;
+    int64_t global_batch;
+    int rank;
     LoaderState state; // the thread's: after the last step it finished
     Slot *slots;
     uint64_t num_slots;
@@ -86,11 +86,11 @@ static Status check_config(const LoaderConfig *config) {
 
 static Status measure(const LoaderConfig *config, Geometry *out) {
     TRY(check_config(config));
-    int64_t rows = (config->global_batch + config->world - 1) / config->world;
-    int64_t micro = (rows + config->micro_batch - 1) / config->micro_batch;
+    int64_t all = (config->global_batch + config->micro_batch - 1) / config->micro_batch;
+    int64_t micro = (all + config->world - 1) / config->world;
+    int64_t rows = micro * config->micro_batch;
     uint64_t per_position = sizeof(int32_t) * (config->mask_documents ? 3 : 2), positions;
-    if (!checked_mul((uint64_t)(micro * config->micro_batch), (uint64_t)config->sequence_length,
-                     &positions) ||
+    if (!checked_mul((uint64_t)rows, (uint64_t)config->sequence_length, &positions) ||
         !checked_mul(positions, per_position, &out->arrays_bytes) ||
         out->arrays_bytes > PTRDIFF_MAX / ((uint64_t)config->prefetch_steps + 1)) {
         FAIL(STATUS_USAGE, "%" PRId64 " sequences of %" PRId64 " tokens per rank are too large",
@@ -101,6 +101,13 @@ static Status measure(const LoaderConfig *config, Geometry *out) {
     out->positions = (int64_t)positions;
     out->micro_bytes = (uint64_t)micro * sizeof(MicroBatch);
     return STATUS_OK;
+}
+
+int loader_micro_batches(const LoaderConfig *config) {
+    Geometry geometry;
+    if (measure(config, &geometry) == STATUS_OK) return geometry.num_micro;
+    status_clear();
+    return 0;
 }
 
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) {
@@ -138,18 +145,19 @@ static Row slot_row(Loader *loader, Slot *slot, int64_t index) {
 
 static Status fill_slot(Loader *loader, Slot *slot) {
     int64_t valid_targets = 0, row_index = 0;
+    const int64_t first = loader->rank * loader->geometry.rows;
     slot->batch.first_sample = total_consumed(&loader->state);
     for (int64_t sample = 0; sample < loader->global_batch; sample++) {
         int source;
         uint64_t window;
         next_sample(loader, &source, &window);
-        if (sample % loader->world != loader->rank) continue;
+        if (sample < first || sample >= first + loader->geometry.rows) continue;
         Row row = slot_row(loader, slot, row_index++);
         int64_t valid;
         TRY(sources_fill(&loader->sources, source, window, &row, &valid));
         valid_targets += valid;
     }
-    for (; row_index < loader->geometry.num_micro * loader->micro_batch; row_index++) {
+    for (; row_index < loader->geometry.rows; row_index++) {
         Row row = slot_row(loader, slot, row_index);
         sources_fill_empty(&loader->sources, &row);
     }
@@ -263,10 +271,8 @@ static Status set_mixture(const LoaderConfig *config, Mixture *mixture) {
 }
 
 static Status set_up(const LoaderConfig *config, const LoaderState *resume, Loader *loader) {
-    loader->micro_batch = config->micro_batch;
     loader->global_batch = config->global_batch;
     loader->rank = config->rank;
-    loader->world = config->world;
     TRY(measure(config, &loader->geometry));
     TRY(sources_open(config, &loader->sources));
     TRY(set_mixture(config, &loader->mixture));

@@ -2,13 +2,15 @@
 //
 // Sample g (0, 1, 2, ...) of the run is a source, chosen by the deficit rule from the weights
 // (data/mixture.h), and the next window of that source's permutation for its epoch (data/order.h).
-// Step s takes the next global_batch samples; rank r of W takes those at r, r+W, r+2W, ... of the
-// step. The state is (seed, samples consumed per source), the same on every world size.
+// Step s takes the next global_batch samples and cuts them into micro-batches one after the other;
+// rank r of W takes micro-batches [r*n, (r+1)*n), n the same on every rank. So a micro-batch holds
+// the same samples on every world size, and what the ranks sum is what one rank would sum. The
+// state is (seed, samples consumed per source), the same on every world size.
 //
 // A window is sequence_length + 1 consecutive tokens of the source's stream, windows follow each
 // other at a distance of sequence_length. Where rank and micro-batch sizes do not divide the global
 // batch, every rank still makes the same number of micro-batches of the same shape: rows without a
-// sample are filled up with rows whose targets are all -1.
+// sample, which are the last ranks', are filled up with rows whose targets are all -1.
 #ifndef DATA_LOADER_H
 #define DATA_LOADER_H
 
@@ -60,6 +62,8 @@ typedef struct StepBatch {
 
 typedef struct Loader Loader;
 
+// Micro-batches of a step on each rank; 0 where the configuration is no legal one.
+int loader_micro_batches(const LoaderConfig *config);
 Status loader_plan(const LoaderConfig *config, MemoryPlan *plan) NODISCARD;
 // resume NULL = from the beginning. Verifies shards (cached) and reads their structure; the thread
 // starts with the first loader_next(). Call it before large allocations: verification forks

@@ -51,6 +51,26 @@ static Status backward_attention(const Pass *p, int layer) {
     return STATUS_OK;
 }
 
+// Nothing more is added to the matrices' gradients from element `from` on.
+static Status final_from(const Pass *p, int64_t from) {
+    const ModelHooks *hooks = p->model->hooks;
+    if (!hooks || !hooks->gradients_final) return STATUS_OK;
+    TRY(hooks->gradients_final(hooks->context, from));
+    return STATUS_OK;
+}
+
+static Status backward_layer(const Pass *p, int layer) {
+    Model *model = p->model;
+    const LayerOffsets *at = &model->table.layers[layer];
+    // The last layer's buffers still hold what the forward pass left there.
+    if (model->options.recompute.layer && layer < model->config.num_layers - 1)
+        TRY(forward_layer_again(p, layer));
+    TRY(backward_mlp(p, layer));
+    TRY(final_from(p, at->gate_up));
+    TRY(backward_attention(p, layer));
+    return final_from(p, at->qkv_weight);
+}
+
 static Status backward_layers(const Pass *p) {
     Model *model = p->model;
     Backend *backend = model->backend;
@@ -59,23 +79,21 @@ static Status backward_layers(const Pass *p) {
     size_t row_bytes = (size_t)model->config.hidden_size * dtype_bytes(backend->compute_dtype);
     TRY(backend->ops->zero(backend, a->d_stream, (size_t)p->tokens * row_bytes));
     TRY(backend->ops->rmsnorm_backward(backend, &output));
-    int last = model->config.num_layers - 1;
-    for (int layer = last; layer >= 0; layer--) {
-        // The last layer's buffers still hold what the forward pass left there.
-        if (model->options.recompute.layer && layer < last) TRY(forward_layer_again(p, layer));
-        TRY(backward_mlp(p, layer));
-        TRY(backward_attention(p, layer));
-    }
+    for (int layer = model->config.num_layers - 1; layer >= 0; layer--)
+        TRY(backward_layer(p, layer));
     EmbedArgs embed = args_embed(p);
     TRY(backend->ops->embed_backward(backend, &embed));
-    return STATUS_OK;
+    return final_from(p, 0);
 }
 
 static Status run_pass(const Pass *p) {
     Backend *backend = p->model->backend;
     TRY(forward_layers(p));
     LinearCrossEntropyArgs loss = args_loss(p);
+    TRY(forward_needs(p, p->model->table.vectors_begin));
     TRY(backend->ops->linear_cross_entropy(backend, &loss));
+    if (p->model->table.lm_head != p->model->table.embed)
+        TRY(final_from(p, p->model->table.lm_head));
     return backward_layers(p);
 }
 

@@ -36,7 +36,8 @@ typedef struct CommunicatorOps {
     Status (*all_reduce)(Communicator *, void *values, int64_t count, CommType, CommReduce,
                          CommTicket *) NODISCARD;
     // `values` holds world parts of `part` elements; part `rank` of it becomes the sum over ranks
-    // of that part, the rest is undefined afterwards.
+    // of that part. Afterwards every other element is what it was or the sum of some ranks' values
+    // of it, so that where all ranks have zeros, zeros stay.
     Status (*reduce_scatter)(Communicator *, void *values, int64_t part, CommType,
                              CommTicket *) NODISCARD;
     // `values` holds world parts of `part` elements; part `rank` is sent, the others received.

@@ -70,12 +70,30 @@ Status forward_layer_again(const Pass *p, int layer) {
     return STATUS_OK;
 }
 
+Status forward_needs(const Pass *p, int64_t end) {
+    const ModelHooks *hooks = p->model->hooks;
+    if (!hooks || !hooks->weights_needed || !p->weights) return STATUS_OK;
+    TRY(hooks->weights_needed(hooks->context, end));
+    return STATUS_OK;
+}
+
+// Where the matrices of a layer end.
+static int64_t layer_end(const Model *model, int layer) {
+    const TensorTable *table = &model->table;
+    if (layer + 1 < table->num_layers) return table->layers[layer + 1].qkv_weight;
+    return table->lm_head != table->embed ? table->lm_head : table->vectors_begin;
+}
+
 Status forward_layers(const Pass *p) {
     Model *model = p->model;
     Backend *backend = model->backend;
     EmbedArgs embed = args_embed(p);
+    TRY(forward_needs(p, model->table.layers[0].qkv_weight));
     TRY(backend->ops->embed_forward(backend, &embed));
-    for (int layer = 0; layer < model->config.num_layers; layer++) TRY(forward_layer(p, layer));
+    for (int layer = 0; layer < model->config.num_layers; layer++) {
+        TRY(forward_needs(p, layer_end(model, layer)));
+        TRY(forward_layer(p, layer));
+    }
     RmsNormArgs output = args_output_norm(p);
     TRY(backend->ops->rmsnorm_forward(backend, &output));
     TRY(observe(p, model->config.num_layers - 1, OBSERVE_LAYER_OUTPUT, output.x_out));

@@ -43,6 +43,7 @@ static Status create_shell(Backend *backend, const ModelConfig *config, const Mo
     model->config = *config;
     model->options = *options;
     TRY_GOTO(tensor_table_build(config, &model->table), fail);
+    if (options->ranks > 1) TRY_GOTO(tensor_table_pad(&model->table, options->ranks), fail);
     TRY_GOTO(activations_create(model), fail);
     model->activations->workspace_bytes = args_workspace_bytes(model);
     *out = model;
@@ -56,9 +57,11 @@ static uint64_t arena_bytes(const Model *model, DType dtype) {
     return tensor_table_copy_bytes(&model->table, dtype, model->table.total);
 }
 
-// AdamW needs fp32 weights; where the working copy is fp32 it is the master itself.
+// AdamW needs fp32 weights; where the working copy is fp32 it is the master itself, and where ranks
+// share the master each one's optimizer has its parts.
 static bool has_own_master(const Model *model) {
-    return model->options.training && model->backend->compute_dtype != DTYPE_F32;
+    const ModelOptions *o = &model->options;
+    return o->training && o->ranks <= 1 && model->backend->compute_dtype != DTYPE_F32;
 }
 
 static Status plan_shell(const Model *model, MemoryPlan *plan) {

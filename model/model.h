@@ -31,6 +31,7 @@ typedef struct ModelOptions {
     bool training;           // gradients and saved activations are needed
     Recompute recompute;
     int64_t loss_chunk_tokens; // rows of logits at once; 0 = the backend's choice
+    int ranks; // that share the arenas in equal parts (tensor_table_pad); 0 and 1: just this one
 } ModelOptions;
 
 // Weights of the training objective for one micro-batch (METHOD.md §5).
@@ -60,6 +61,23 @@ typedef enum ObservePoint { OBSERVE_MLP_INPUT, OBSERVE_LAYER_OUTPUT } ObservePoi
 typedef Status (*ModelObserver)(void *context, int layer, ObservePoint point, const void *x,
                                 int64_t tokens);
 
+// What a pass tells about weights and gradients, so that they can travel between ranks while it
+// runs (optim/traffic.h). Either function may be NULL. "Matrices" are [0, table.vectors_begin).
+typedef struct ModelHooks {
+    void *context;
+    // The forward pass is about to read the matrices' elements [0, end), and any of the others.
+    Status (*weights_needed)(void *context, int64_t end);
+    // The backward pass adds nothing more to the matrices' elements from `from` on, which falls
+    // from call to call; 0 = nothing more to any gradient.
+    Status (*gradients_final)(void *context, int64_t from);
+} ModelHooks;
+
+// Elements [begin, begin + count) of the fp32 weights, where a rank has only some of them.
+typedef struct MasterPart {
+    int64_t begin, count;
+    float *values; // device memory
+} MasterPart;
+
 typedef struct Model {
     Backend *backend;
     ModelConfig config;
@@ -67,12 +85,15 @@ typedef struct Model {
     ModelOptions options;
     void *params;  // working copy (tensor_table_copy_bytes)
     float *master; // fp32 arena AdamW updates; the same memory as params on an fp32 backend; NULL
-                   // on other backends when not training
-    void *grads;   // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
-                   // NULL when not training
+                   // on other backends when not training, or when ranks share it
+    const MasterPart *master_parts; // the optimizer's, where ranks share it; loading fills them
+    int num_master_parts;
+    void *grads; // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
+                 // NULL when not training
     bool no_gradients_yet; // since model_zero_gradients: the next backward assigns the matrices'
     struct Activations *activations; // model/activations.h
     struct Replay *replay;           // model/replay.h; NULL when not training
+    const ModelHooks *hooks;         // of the next model_forward_backward; NULL = none
 } Model;
 
 // Adds exactly what model_create allocates, without allocating it: "parameters", "master weights"

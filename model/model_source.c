@@ -19,6 +19,21 @@ static char *in_copy(const Model *model, const Tensor *tensor, int64_t first) {
 
 // --- In ------------------------------------------------------------------------------------------
 
+// The elements [begin, begin + count) of the arena that this rank keeps in fp32.
+static Status write_master_parts(Model *model, int64_t begin, int64_t count, const float *values) {
+    Backend *backend = model->backend;
+    for (int i = 0; i < model->num_master_parts; i++) {
+        const MasterPart *part = &model->master_parts[i];
+        int64_t from = part->begin > begin ? part->begin : begin;
+        int64_t part_end = part->begin + part->count, end = begin + count;
+        int64_t to = part_end < end ? part_end : end;
+        if (from >= to) continue;
+        TRY(backend->ops->upload(backend, part->values + (from - part->begin),
+                                 values + (from - begin), (size_t)(to - from) * sizeof(float)));
+    }
+    return STATUS_OK;
+}
+
 // Writes elements [first, first + count) of a tensor from fp32 values; `scratch` has room for as
 // many.
 static Status write_piece(Model *model, const Tensor *tensor, int64_t first, size_t count,
@@ -29,6 +44,7 @@ static Status write_piece(Model *model, const Tensor *tensor, int64_t first, siz
     if (model->master)
         TRY(ops->upload(backend, model->master + tensor->offset + first, values,
                         count * sizeof(float)));
+    TRY(write_master_parts(model, tensor->offset + first, (int64_t)count, values));
     if (model->params == (void *)model->master) return STATUS_OK;
     dtype_from_f32(dtype, values, scratch, count);
     TRY(ops->upload(backend, in_copy(model, tensor, first), scratch, count * dtype_bytes(dtype)));

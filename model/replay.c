@@ -19,7 +19,7 @@ void replay_free(Replay *replay, Backend *backend) {
 static bool can_replay(const Pass *p) {
     const Model *model = p->model;
     return model->backend->can_capture && p->tokens <= REPLAY_MAX_TOKENS &&
-           !config_has_moe(&model->config);
+           !config_has_moe(&model->config) && !model->hooks;
 }
 
 static bool same_key(const ReplayKey *a, const ReplayKey *b) {

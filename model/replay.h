@@ -1,6 +1,7 @@
 // Recording a forward and backward pass once and launching it as one from then on, on backends that
 // can. A dense pass asks the device nothing and its launches depend on few numbers, so a graph of
-// them can be launched again; experts need their row counts on the host, so MoE models do not.
+// them can be launched again; experts need their row counts on the host, so MoE models do not, and
+// neither do passes with hooks (ModelHooks), which say on the host how far they are.
 //
 // It pays where kernels are short: the pieces of a small micro-batch take less time than it takes
 // to launch them one by one. model/ only.

@@ -206,6 +206,24 @@ Status tensor_table_build(const ModelConfig *config, TensorTable *out) {
     return status;
 }
 
+Status tensor_table_pad(TensorTable *table, int ranks) {
+    INVARIANT(ranks >= 1);
+    const uint64_t unit = (uint64_t)ranks * TENSOR_ALIGN;
+    const int64_t tail = table->total - table->router_begin;
+    const int64_t begin = (int64_t)round_up((uint64_t)table->router_begin, unit);
+    const int64_t shift = begin - table->router_begin;
+    if (begin + (int64_t)unit > MAX_ELEMENTS - tail)
+        FAIL(STATUS_USAGE, "%d ranks with %" PRId64 " parameters: more than 2^50 elements", ranks,
+             table->parameters);
+    for (int i = 0; i < table->count; i++)
+        if (table->tensors[i].role == ROLE_ROUTER) table->tensors[i].offset += shift;
+    for (int layer = 0; layer < table->num_layers; layer++)
+        if (table->layers[layer].router >= 0) table->layers[layer].router += shift;
+    table->router_begin = begin;
+    table->total = begin + (int64_t)round_up((uint64_t)tail, unit);
+    return STATUS_OK;
+}
+
 void tensor_table_free(TensorTable *table) {
     free(table->by_name);
     free(table->tensors);

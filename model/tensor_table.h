@@ -70,6 +70,10 @@ typedef struct TensorTable {
 // `config` has passed config_validate. Fails on more elements than can be addressed, or no memory.
 Status tensor_table_build(const ModelConfig *config, TensorTable *out) NODISCARD;
 void tensor_table_free(TensorTable *table);
+// Lengthens the gaps at the end of the body (before router_begin) and at the end of the arena, so
+// that both divide into `ranks` parts of a multiple of TENSOR_ALIGN elements. With 1, which changes
+// nothing, and with more the tensors, their names and their order stay what they are.
+Status tensor_table_pad(TensorTable *table, int ranks) NODISCARD;
 const Tensor *tensor_table_find(const TensorTable *table, const char *name); // NULL if absent
 
 // Byte offset of element `offset` in the working-copy arena, whose body has `compute` dtype and

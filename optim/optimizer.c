@@ -1,62 +1,109 @@
 // AdamW as a walk over the tensor table.
 //
 // The arenas are flat, so the fewest calls are made by merging neighbours: a run ends where the
-// weight decay changes or where the fp32 router tail begins. master is fp32, m and v have one dtype
-// from end to end; all three have the table's element offsets. Gradients and the working copy have
-// byte offsets that depend on the backend's dtypes (tensor_table_copy_bytes knows both, the fp32
-// tail included).
+// weight decay changes, where the fp32 router tail begins, and where what this rank owns ends. m
+// and v have one dtype from end to end and hold what is owned, one part after the other; with one
+// rank that is everything, at the table's element offsets. Gradients and the working copy have byte
+// offsets that depend on the backend's dtypes (tensor_table_copy_bytes knows both, the fp32 tail
+// included).
 #include "optim/optimizer.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-static size_t state_bytes(const TensorTable *table, const OptimizerOptions *options) {
-    return (size_t)table->total * dtype_bytes(options->state_dtype);
+Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options, DType compute,
+                      int ranks, MemoryPlan *plan) {
+    const uint64_t owned = (uint64_t)(table->total / ranks);
+    if (ranks > 1 && compute != DTYPE_F32)
+        TRY(memory_plan_add(plan, "master weights", owned * sizeof(float)));
+    return memory_plan_add(plan, "optimizer state", 2 * owned * dtype_bytes(options->state_dtype));
 }
 
-Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options, MemoryPlan *plan) {
-    return memory_plan_add(plan, "optimizer state", 2 * (uint64_t)state_bytes(table, options));
-}
+// --- Runs ----------------------------------------------------------------------------------------
 
 static int by_offset(const void *a, const void *b) {
     const Tensor *const *x = a, *const *y = b;
     return ((*x)->offset > (*y)->offset) - ((*x)->offset < (*y)->offset);
 }
 
+// Adds what this rank owns of a tensor in a bucket to the last run, or as a new one.
+static void add_to_runs(Optimizer *optimizer, const Tensor *tensor, int bucket) {
+    const Bucket *b = &optimizer->partition->buckets[bucket];
+    const int64_t own = partition_begin(optimizer->partition, bucket);
+    const int64_t tensor_end = tensor->offset + tensor->count, own_end = own + b->part;
+    const int64_t begin = tensor->offset > own ? tensor->offset : own;
+    const int64_t end = tensor_end < own_end ? tensor_end : own_end;
+    if (begin >= end) return;
+    bool decays = tensor_decays(tensor, optimizer->options.decay_embeddings);
+    bool router = tensor->offset >= optimizer->model->table.router_begin;
+    OptimizerRun *last = optimizer->num_runs ? &optimizer->runs[optimizer->num_runs - 1] : NULL;
+    if (last && last->bucket == bucket && last->decays == decays)
+        last->count = end - last->begin;
+    else
+        optimizer->runs[optimizer->num_runs++] =
+            (OptimizerRun){begin, end - begin, b->state + (begin - own), decays, router, bucket};
+}
+
 static Status build_runs(Optimizer *optimizer) {
     const TensorTable *table = &optimizer->model->table;
+    const Partition *partition = optimizer->partition;
     const Tensor **sorted = malloc((size_t)table->count * sizeof *sorted);
-    optimizer->runs = malloc((size_t)table->count * sizeof *optimizer->runs);
+    size_t most = (size_t)table->count + (size_t)partition->count;
+    optimizer->runs = malloc(most * sizeof *optimizer->runs);
     if (!sorted || !optimizer->runs) {
         free(sorted);
-        FAIL(STATUS_INTERNAL, "out of memory for %d optimizer runs", table->count);
+        FAIL(STATUS_INTERNAL, "out of memory for %zu optimizer runs", most);
     }
     for (int i = 0; i < table->count; i++) sorted[i] = &table->tensors[i];
     qsort(sorted, (size_t)table->count, sizeof *sorted, by_offset);
-    for (int i = 0; i < table->count; i++) {
-        const Tensor *tensor = sorted[i];
-        bool decays = tensor_decays(tensor, optimizer->options.decay_embeddings);
-        bool router = tensor->offset >= table->router_begin;
-        OptimizerRun *last = optimizer->num_runs ? &optimizer->runs[optimizer->num_runs - 1] : NULL;
-        if (last && last->decays == decays && last->router == router)
-            last->count = tensor->offset + tensor->count - last->begin;
-        else
-            optimizer->runs[optimizer->num_runs++] =
-                (OptimizerRun){tensor->offset, tensor->count, decays, router};
+    for (int bucket = 0, i = 0; bucket < partition->count; bucket++) {
+        const Bucket *b = &partition->buckets[bucket];
+        const int64_t end = b->begin + partition->world * b->part;
+        while (i < table->count && sorted[i]->offset < end)
+            add_to_runs(optimizer, sorted[i++], bucket);
+        // A tensor may go on in the next bucket.
+        if (i > 0 && sorted[i - 1]->offset + sorted[i - 1]->count > end) i--;
     }
     free(sorted);
     return STATUS_OK;
 }
 
-Status optimizer_create(Model *model, const OptimizerOptions *options, Optimizer **out) {
+// --- Life ----------------------------------------------------------------------------------------
+
+// The fp32 weights that this rank owns, where the model has no master of its own.
+static Status create_master(Optimizer *optimizer) {
+    Model *model = optimizer->model;
+    const Partition *partition = optimizer->partition;
+    if (model->master) return STATUS_OK;
+    TRY(model->backend->ops->alloc(model->backend, (size_t)partition->owned * sizeof(float),
+                                   (void **)&optimizer->master));
+    optimizer->master_parts = malloc((size_t)partition->count * sizeof *optimizer->master_parts);
+    if (!optimizer->master_parts)
+        FAIL(STATUS_INTERNAL, "out of memory for %d parts of the weights", partition->count);
+    for (int i = 0; i < partition->count; i++)
+        optimizer->master_parts[i] =
+            (MasterPart){partition_begin(partition, i), partition->buckets[i].part,
+                         optimizer->master + partition->buckets[i].state};
+    model->master_parts = optimizer->master_parts;
+    model->num_master_parts = partition->count;
+    return STATUS_OK;
+}
+
+Status optimizer_create(Model *model, const OptimizerOptions *options, Traffic *traffic,
+                        Optimizer **out) {
     Status status = STATUS_OK;
     Optimizer *optimizer = calloc(1, sizeof *optimizer);
     if (!optimizer) FAIL(STATUS_INTERNAL, "out of memory for the optimizer");
     optimizer->model = model;
     optimizer->options = *options;
+    optimizer->traffic = traffic;
+    optimizer->partition = traffic ? &traffic->partition : &optimizer->alone;
     Backend *backend = model->backend;
-    size_t bytes = state_bytes(&model->table, options);
+    if (!traffic)
+        TRY_GOTO(partition_create(&model->table, 0, 1, INT64_MAX, &optimizer->alone), fail);
+    size_t bytes = (size_t)optimizer->partition->owned * dtype_bytes(options->state_dtype);
     TRY_GOTO(build_runs(optimizer), fail);
+    TRY_GOTO(create_master(optimizer), fail);
     TRY_GOTO(backend->ops->alloc(backend, bytes, &optimizer->m), fail);
     TRY_GOTO(backend->ops->alloc(backend, bytes, &optimizer->v), fail);
     TRY_GOTO(backend->ops->alloc(backend, 2 * sizeof(double), (void **)&optimizer->sums), fail);
@@ -69,13 +116,23 @@ fail:
 
 void optimizer_destroy(Optimizer *optimizer) {
     if (!optimizer) return;
-    Backend *backend = optimizer->model->backend;
+    Model *model = optimizer->model;
+    Backend *backend = model->backend;
     if (optimizer->sums) backend->ops->release(backend, optimizer->sums);
     if (optimizer->v) backend->ops->release(backend, optimizer->v);
     if (optimizer->m) backend->ops->release(backend, optimizer->m);
+    if (optimizer->master) backend->ops->release(backend, optimizer->master);
+    if (model->master_parts == optimizer->master_parts) {
+        model->master_parts = NULL;
+        model->num_master_parts = 0;
+    }
+    free(optimizer->master_parts);
     free(optimizer->runs);
+    partition_free(&optimizer->alone);
     free(optimizer);
 }
+
+// --- A step --------------------------------------------------------------------------------------
 
 static const void *gradient_at(const Optimizer *optimizer, int64_t element) {
     const Model *model = optimizer->model;
@@ -83,28 +140,37 @@ static const void *gradient_at(const Optimizer *optimizer, int64_t element) {
            tensor_table_copy_bytes(&model->table, model->backend->grad_dtype, element);
 }
 
-Status optimizer_gradient_norm(Optimizer *optimizer, double *norm) {
+Status optimizer_gradient_sums(Optimizer *optimizer, double sums[2]) {
     Backend *backend = optimizer->model->backend;
-    const TensorTable *table = &optimizer->model->table;
-    int64_t tail = table->total - table->router_begin;
+    const Partition *partition = optimizer->partition;
+    TRY(backend->ops->zero(backend, optimizer->sums, 2 * sizeof *sums));
+    for (int i = 0; i < partition->count; i++) {
+        const int64_t begin = partition_begin(partition, i);
+        bool router = begin >= optimizer->model->table.router_begin;
+        TRY(backend->ops->norm2(backend, router ? DTYPE_F32 : backend->grad_dtype,
+                                gradient_at(optimizer, begin), partition->buckets[i].part,
+                                optimizer->sums));
+    }
+    return backend->ops->download(backend, sums, optimizer->sums, 2 * sizeof *sums);
+}
+
+double optimizer_norm(const double sums[2]) {
+    return sums[1] > 0 || !isfinite(sums[0]) ? INFINITY : sqrt(sums[0]);
+}
+
+Status optimizer_gradient_norm(Optimizer *optimizer, double *norm) {
     double sums[2];
-    TRY(backend->ops->zero(backend, optimizer->sums, sizeof sums));
-    TRY(backend->ops->norm2(backend, backend->grad_dtype, gradient_at(optimizer, 0),
-                            table->router_begin, optimizer->sums));
-    if (tail > 0)
-        TRY(backend->ops->norm2(backend, DTYPE_F32, gradient_at(optimizer, table->router_begin),
-                                tail, optimizer->sums));
-    TRY(backend->ops->download(backend, sums, optimizer->sums, sizeof sums));
-    *norm = sums[1] > 0 || !isfinite(sums[0]) ? INFINITY : sqrt(sums[0]);
+    TRY(optimizer_gradient_sums(optimizer, sums));
+    *norm = optimizer_norm(sums);
     return STATUS_OK;
 }
 
 static Status update_run(Optimizer *optimizer, const OptimizerRun *run, AdamwArgs args) {
     Model *model = optimizer->model;
     DType compute = model->backend->compute_dtype;
-    size_t state_at = (size_t)run->begin * dtype_bytes(optimizer->options.state_dtype);
+    size_t state_at = (size_t)run->state * dtype_bytes(optimizer->options.state_dtype);
     args.count = run->count;
-    args.master = model->master + run->begin;
+    args.master = model->master ? model->master + run->begin : optimizer->master + run->state;
     args.m = (char *)optimizer->m + state_at;
     args.v = (char *)optimizer->v + state_at;
     args.state_dtype = optimizer->options.state_dtype;
@@ -120,6 +186,19 @@ static Status update_run(Optimizer *optimizer, const OptimizerRun *run, AdamwArg
     return model->backend->ops->adamw(model->backend, &args);
 }
 
+// In the order of the next forward pass, so that the weights it needs first travel first.
+static Status update_buckets(Optimizer *optimizer, AdamwArgs args) {
+    const Partition *partition = optimizer->partition;
+    for (int n = partition->count - 1; n >= 0; n--) {
+        const int bucket = partition_order(partition, n);
+        for (int i = 0; i < optimizer->num_runs; i++)
+            if (optimizer->runs[i].bucket == bucket)
+                TRY(update_run(optimizer, &optimizer->runs[i], args));
+        if (optimizer->traffic) TRY(traffic_gather(optimizer->traffic, bucket));
+    }
+    return STATUS_OK;
+}
+
 Status optimizer_step(Optimizer *optimizer, double learning_rate, double norm) {
     INVARIANT(isfinite(norm));
     const OptimizerOptions *o = &optimizer->options;
@@ -132,7 +211,5 @@ Status optimizer_step(Optimizer *optimizer, double learning_rate, double norm) {
         .grad_scale = clip ? o->clip_norm / norm : 1.0,
         .step = ++optimizer->updates,
     };
-    for (int i = 0; i < optimizer->num_runs; i++)
-        TRY(update_run(optimizer, &optimizer->runs[i], args));
-    return STATUS_OK;
+    return update_buckets(optimizer, args);
 }

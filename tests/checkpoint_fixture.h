@@ -30,7 +30,8 @@ __attribute__((unused)) static Fixture fixture_with(DType dtype, int64_t keep_la
                                                     int64_t keep_every) {
     ModelConfig config = tiny_config();
     OptimizerOptions options = tiny_options();
-    CheckpointOptions checkpoint = {directory, keep_last, keep_every, dtype};
+    CheckpointOptions checkpoint = {
+        .directory = directory, .keep_last = keep_last, .keep_every = keep_every, .dtype = dtype};
     Fixture f = {.t = tiny_trainer(&config, &options, 1)};
     fill_arena(&f.t, f.t.optimizer->m, 2, 0, 1e-3f);
     fill_arena(&f.t, f.t.optimizer->v, 3, 1e-4f, 1e-6f);

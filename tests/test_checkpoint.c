@@ -52,7 +52,7 @@ static void check_moments_equal(const TinyTrainer *a, const void *x, const TinyT
 static Fixture updated_fixture(DType state_dtype) {
     ModelConfig config = tiny_config();
     OptimizerOptions options = tiny_options();
-    CheckpointOptions checkpoint = {directory, 2, 0, DTYPE_BF16};
+    CheckpointOptions checkpoint = {.directory = directory, .keep_last = 2, .dtype = DTYPE_BF16};
     options.state_dtype = state_dtype;
     Fixture f = {.t = tiny_trainer(&config, &options, 1)};
     for (int step = 1; step <= 2; step++) {
@@ -170,8 +170,8 @@ static void write_three_ranks(const TinyTrainer *t, const float *arena, int64_t 
         uint64_t bytes;
         ck_assert_ok(slices_file_name(rank, 3, name));
         ck_assert_ok(io_path(path, "%s/%s", directory, name));
-        ck_assert_ok(slices_write(path, &t->model->table, bounds[rank], bounds[rank + 1], arenas,
-                                  &bytes, hex));
+        const SliceRange range = {bounds[rank], bounds[rank + 1]};
+        ck_assert_ok(slices_write(path, &t->model->table, &range, 1, arenas, &bytes, hex));
     }
 }
 
@@ -215,15 +215,16 @@ START_TEST(missing_and_doubled_parts_are_refused) {
     float *arena = download_arena(&f.t, f.t.optimizer->m);
     const SliceArena whole = {arena, DTYPE_F32};
     const SliceArena arenas[SLICE_KINDS] = {whole, whole, whole};
+    const SliceRange short_one = {1000, 1999}, twice = {999, 2000}, all = {1000, table->total};
     char hex[HASH_HEX_SIZE];
     uint64_t bytes;
     write_three_ranks(&f.t, arena, 1000, 2000);
     ck_assert_ok(io_path(path, "%s/optimizer-00001-of-00003.safetensors", directory));
-    ck_assert_ok(slices_write(path, table, 1000, 1999, arenas, &bytes, hex)); // one short
+    ck_assert_ok(slices_write(path, table, &short_one, 1, arenas, &bytes, hex)); // one short
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
-    ck_assert_ok(slices_write(path, table, 999, 2000, arenas, &bytes, hex)); // one twice
+    ck_assert_ok(slices_write(path, table, &twice, 1, arenas, &bytes, hex)); // one twice
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
-    ck_assert_ok(slices_write(path, table, 1000, table->total, arenas, &bytes, hex));
+    ck_assert_ok(slices_write(path, table, &all, 1, arenas, &bytes, hex));
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
     ck_assert_ok(io_unlink(path));
     ck_assert_fails(slices_open(directory, table, &set), STATUS_MISSING_INPUT, "00001-of-00003");

@@ -275,7 +275,7 @@ START_TEST(a_disk_that_is_too_small_is_refused_at_the_start) {
     ModelConfig config = tiny_config();
     TensorTable table;
     ck_assert_ok(tensor_table_build(&config, &table));
-    CheckpointOptions options = {directory, 2, 0, DTYPE_BF16};
+    CheckpointOptions options = {.directory = directory, .keep_last = 2, .dtype = DTYPE_BF16};
     ck_assert_ok(checkpoint_check_space(&options, &table, 1000));
     // A checkpoint has at least a megabyte here: so many are more than any disk holds.
     const int64_t many = INT64_C(1) << 36;
@@ -293,11 +293,12 @@ START_TEST(plan_says_what_the_writer_takes) {
     ModelConfig config = tiny_config();
     TensorTable table;
     MemoryPlan plan = {.count = 0};
+    const CheckpointOptions alone = {.world = 1};
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, &plan));
+    ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, DTYPE_F32, &alone, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 12);
     plan.count = 0;
-    ck_assert_ok(checkpoint_plan(&table, DTYPE_BF16, &plan));
+    ck_assert_ok(checkpoint_plan(&table, DTYPE_BF16, DTYPE_F32, &alone, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 8);
     tensor_table_free(&table);
 }

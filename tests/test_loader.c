@@ -125,8 +125,9 @@ START_TEST(ranks_share_one_global_order) {
             int64_t own;
             int32_t *mine = record_steps(&config, NULL, STEPS, &own);
             ck_assert_int_eq(own * config.world, count);
+            const int64_t share = GLOBAL / config.world; // rows of a step, one after the other
             for (int64_t row = 0; row < own / ROW; row++) {
-                int64_t global = row * config.world + config.rank; // rows of all steps in sequence
+                int64_t global = row / share * GLOBAL + config.rank * share + row % share;
                 ck_assert_msg(memcmp(mine + row * ROW, alone + global * ROW, ROW * 4) == 0,
                               "world %d rank %d row %d", config.world, config.rank, (int)row);
             }
@@ -138,28 +139,52 @@ START_TEST(ranks_share_one_global_order) {
 }
 END_TEST
 
+// A micro-batch holds the same samples wherever it is computed.
+START_TEST(micro_batches_are_the_same_on_every_world) {
+    char *directory = make_dataset("micro", 4000, 1);
+    LoaderConfig config = make_config(directory);
+    enum { MICRO = 4 * 2 * SEQUENCE, ALL = 6 };
+    int64_t count;
+    int32_t *alone = record_steps(&config, NULL, 1, &count);
+    ck_assert_int_eq(count, ALL * MICRO);
+    const int worlds[] = {2, 3, 6};
+    for (int w = 0; w < 3; w++) {
+        config.world = worlds[w];
+        for (config.rank = 0; config.rank < config.world; config.rank++) {
+            int32_t *mine = record_steps(&config, NULL, 1, &count);
+            ck_assert_int_eq(count * config.world, ALL * MICRO);
+            ck_assert_mem_eq(mine, alone + config.rank * count, (size_t)count * sizeof *mine);
+            free(mine);
+        }
+    }
+    free(alone);
+    free(directory);
+}
+END_TEST
+
 START_TEST(uneven_ranks_make_equal_micro_batches) {
     char *directory = make_dataset("uneven", 4000, 1);
     LoaderConfig config = make_config(directory);
-    config.global_batch = 10;
-    config.world = 4; // shares of 3, 3, 2, 2 rows
+    config.global_batch = 9; // five micro-batches, the last half empty: 2, 2, 1 and none
+    config.world = 4;
     config.micro_batch = 2;
-    int64_t valid = 0;
+    const int64_t rows[] = {4, 4, 1, 0};
     for (config.rank = 0; config.rank < config.world; config.rank++) {
         Loader *loader;
         const StepBatch *step;
         ck_assert_ok(loader_open(&config, NULL, &loader));
         ck_assert_ok(loader_next(loader, &step));
         ck_assert_int_eq(step->num_micro, 2);
-        ck_assert_int_eq(step->valid_targets, (config.rank < 2 ? 3 : 2) * SEQUENCE);
-        for (int t = 0; t < SEQUENCE; t++) {
-            ck_assert_int_eq(step->micro[1].targets[SEQUENCE + t], -1);
-            ck_assert_int_eq(step->micro[1].tokens[SEQUENCE + t], 0);
+        ck_assert_int_eq(step->valid_targets, rows[config.rank] * SEQUENCE);
+        for (int64_t row = 0; row < 4; row++) {
+            const MicroBatch *micro = &step->micro[row / 2];
+            for (int64_t t = row % 2 * SEQUENCE; t < (row % 2 + 1) * SEQUENCE; t++) {
+                ck_assert_int_eq(micro->targets[t] == -1, row >= rows[config.rank]);
+                if (row >= rows[config.rank]) ck_assert_int_eq(micro->tokens[t], 0);
+            }
         }
-        valid += step->valid_targets;
         loader_close(loader);
     }
-    ck_assert_int_eq(valid, 10 * SEQUENCE);
     free(directory);
 }
 END_TEST
@@ -545,6 +570,7 @@ START_TEST(closing_early_ends_the_thread) {
 END_TEST
 
 TEST_MAIN("loader", TEST(an_epoch_shows_every_window_once), TEST(ranks_share_one_global_order),
+          TEST(micro_batches_are_the_same_on_every_world),
           TEST(uneven_ranks_make_equal_micro_batches), TEST(resume_at_every_step),
           TEST(prefetch_depth_does_not_matter), TEST(masks_follow_documents),
           TEST(masked_steps_count_valid_targets), TEST(fixed_pass_in_file_order),

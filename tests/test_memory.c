@@ -56,7 +56,7 @@ START_TEST(training_takes_what_was_planned) {
 
     ck_assert_ok(prepare_backend(&recipe, &backend));
     ck_assert_ok(prepare_model(&recipe, backend, &dir, &config, &source));
-    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
     backend_destroy(backend);
     double planned = (double)memory_plan_total(&memory.machine), peak = (double)peak_of_training();
     printf("test_memory: planned %.1f MB, peak %.1f MB\n", planned / 1e6, peak / 1e6);

@@ -189,11 +189,11 @@ START_TEST(plan_says_what_create_takes) {
     MemoryPlan plan = {.count = 0};
     ck_assert_ok(tensor_table_build(&config, &table));
     OptimizerOptions options = tiny_options();
-    ck_assert_ok(optimizer_plan(&table, &options, &plan));
+    ck_assert_ok(optimizer_plan(&table, &options, DTYPE_F32, 1, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 8);
     options.state_dtype = DTYPE_BF16;
     plan.count = 0;
-    ck_assert_ok(optimizer_plan(&table, &options, &plan));
+    ck_assert_ok(optimizer_plan(&table, &options, DTYPE_F32, 1, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 4);
     tensor_table_free(&table);
 }

@@ -125,7 +125,7 @@ static void check_adamw(Golden *golden) {
     TensorSource *source;
     double norm, expected_norm = golden_scalar(golden, "grad_norm");
     ck_assert_ok(model_source(golden->model, &source));
-    ck_assert_ok(optimizer_create(golden->model, &options, &optimizer));
+    ck_assert_ok(optimizer_create(golden->model, &options, NULL, &optimizer));
     ck_assert_ok(optimizer_gradient_norm(optimizer, &norm));
     ck_assert_double_eq_tol(norm, expected_norm, TOLERANCE * expected_norm);
     ck_assert_double_gt(norm, 1.0); // clipping takes part

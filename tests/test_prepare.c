@@ -343,7 +343,7 @@ START_TEST(memory_plan_counts_the_training_state) {
     set_up();
     ck_assert_ok(prepare_backend(&recipe, &backend));
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
     // fp32 weights, gradients and two moments of every element of the arenas.
     ck_assert_uint_eq(memory_training_state(&memory), 16 * (uint64_t)table.total);
     ck_assert_uint_gt(memory_plan_total(&memory.machine),
@@ -375,7 +375,7 @@ START_TEST(a_gpu_must_have_room) {
     BackendOps ops = *backend->ops;
     ops.memory = gpu_memory;
     backend->ops = &ops;
-    ck_assert_ok(run_memory_plan(&recipe, backend, &config, &memory));
+    ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
     ck_assert(memory.on_gpu && !memory_fits(&memory)); // nothing is free yet
     // Snapshot, data and program stay with the machine, and each item is in one place only.
     for (int i = 0; i < memory.gpu.count; i++)
@@ -384,13 +384,13 @@ START_TEST(a_gpu_must_have_room) {
     ck_assert_uint_gt(memory_training_state(&memory), 0);
     uint64_t all = memory_plan_total(&memory.gpu);
     gpu_free = all;
-    ck_assert_ok(memory_check(&recipe, backend, &config));
+    ck_assert_ok(memory_check(&recipe, backend, &config, 1));
     gpu_free = all - 1;
-    ck_assert_fails(memory_check(&recipe, backend, &config), STATUS_USAGE, "activations");
+    ck_assert_fails(memory_check(&recipe, backend, &config, 1), STATUS_USAGE, "activations");
     ck_assert_msg(strstr(status_message(), "with train.micro_batch = 32: "), "%s",
                   status_message());
     gpu_free = 1000;
-    ck_assert_fails(memory_check(&recipe, backend, &config), STATUS_USAGE, "smaller model");
+    ck_assert_fails(memory_check(&recipe, backend, &config, 1), STATUS_USAGE, "smaller model");
     ck_assert_fails(memory_check_calibration(&recipe, backend, &config), STATUS_USAGE,
                     "similarity measurement");
     backend_destroy(backend);

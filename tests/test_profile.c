@@ -40,7 +40,7 @@ static TinyTrainer watched_trainer(const TinyTrainer *plain, Profile **profile) 
     t.backend = profile_backend(*profile);
     ck_assert_ok(model_create(t.backend, config, &plain->model->options, &t.model));
     ck_assert_ok(model_load(t.model, source));
-    ck_assert_ok(optimizer_create(t.model, &plain->optimizer->options, &t.optimizer));
+    ck_assert_ok(optimizer_create(t.model, &plain->optimizer->options, NULL, &t.optimizer));
     source_close(source);
     return t;
 }

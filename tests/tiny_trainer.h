@@ -33,7 +33,7 @@ tiny_trainer(const ModelConfig *config, const OptimizerOptions *options, uint64_
     ck_assert_ok(backend_cpu(1, &t.backend));
     ck_assert_ok(model_create(t.backend, config, &model_options, &t.model));
     ck_assert_ok(model_load(t.model, source));
-    ck_assert_ok(optimizer_create(t.model, options, &t.optimizer));
+    ck_assert_ok(optimizer_create(t.model, options, NULL, &t.optimizer));
     source_close(source);
     return t;
 }

@@ -71,33 +71,66 @@ static void close_nothing(TensorSource *source) {
     (void)source;
 }
 
-// One of m and v: gaps between tensors stay zero. What was kept in the optimizer's own dtype comes
-// back with the same bits; fp32 moments are rounded where they are kept in bf16 now.
+// One of m and v on its way in.
+typedef struct MomentLoad {
+    const SliceSet *set;
+    SliceKind kind;
+    const Optimizer *optimizer;
+    char *arena;
+    float *chunk; // (CHUNK_ELEMENTS) as read
+    void *kept;   // (CHUNK_ELEMENTS) as the optimizer keeps it
+} MomentLoad;
+
+// Elements [first, first + count) of a tensor go to place `at`. What was kept in the optimizer's
+// own dtype comes back with the same bits; fp32 moments are rounded where they are kept in bf16
+// now.
+static Status load_piece(const MomentLoad *load, const Tensor *tensor, int64_t first, int64_t count,
+                         int64_t at) {
+    Backend *backend = load->optimizer->model->backend;
+    const DType dtype = load->optimizer->options.state_dtype;
+    const size_t width = dtype_bytes(dtype);
+    for (int64_t done = 0; done < count; done += CHUNK_ELEMENTS) {
+        int64_t some = count - done < CHUNK_ELEMENTS ? count - done : CHUNK_ELEMENTS;
+        TRY(slices_read(load->set, load->kind, tensor, first + done, some, load->chunk));
+        dtype_from_f32(dtype, load->chunk, load->kept, (size_t)some);
+        TRY(backend->ops->upload(backend, load->arena + (size_t)(at + done) * width, load->kept,
+                                 (size_t)some * width));
+    }
+    return STATUS_OK;
+}
+
+// What the optimizer's rank owns; gaps between tensors stay zero.
+static Status load_owned(const MomentLoad *load) {
+    const Partition *partition = load->optimizer->partition;
+    const TensorTable *table = load->set->table;
+    for (int b = 0; b < partition->count; b++) {
+        const int64_t own = partition_begin(partition, b);
+        const int64_t own_end = own + partition->buckets[b].part;
+        for (int i = 0; i < table->count; i++) {
+            const Tensor *tensor = &table->tensors[i];
+            const int64_t tensor_end = tensor->offset + tensor->count;
+            const int64_t begin = tensor->offset > own ? tensor->offset : own;
+            const int64_t end = tensor_end < own_end ? tensor_end : own_end;
+            if (begin < end)
+                TRY(load_piece(load, tensor, begin - tensor->offset, end - begin,
+                               partition->buckets[b].state + begin - own));
+        }
+    }
+    return STATUS_OK;
+}
+
 static Status load_moments(const SliceSet *set, SliceKind kind, const Optimizer *optimizer,
                            void *arena) {
     Status status = STATUS_OK;
-    Backend *backend = optimizer->model->backend;
-    const DType dtype = optimizer->options.state_dtype;
-    const size_t width = dtype_bytes(dtype);
-    float *chunk = malloc(CHUNK_ELEMENTS * sizeof *chunk);
-    void *kept = malloc(CHUNK_ELEMENTS * width);
-    if (!chunk || !kept) FAIL_GOTO(done, STATUS_INTERNAL, "out of memory loading optimizer state");
-    for (int i = 0; i < set->table->count; i++) {
-        const Tensor *tensor = &set->table->tensors[i];
-        for (int64_t first = 0; first < tensor->count; first += CHUNK_ELEMENTS) {
-            int64_t count = tensor->count - first;
-            if (count > CHUNK_ELEMENTS) count = CHUNK_ELEMENTS;
-            TRY_GOTO(slices_read(set, kind, tensor, first, count, chunk), done);
-            dtype_from_f32(dtype, chunk, kept, (size_t)count);
-            TRY_GOTO(backend->ops->upload(backend,
-                                          (char *)arena + (size_t)(tensor->offset + first) * width,
-                                          kept, (size_t)count * width),
-                     done);
-        }
-    }
+    MomentLoad load = {.set = set, .kind = kind, .optimizer = optimizer, .arena = arena};
+    load.chunk = malloc(CHUNK_ELEMENTS * sizeof *load.chunk);
+    load.kept = malloc(CHUNK_ELEMENTS * dtype_bytes(optimizer->options.state_dtype));
+    if (!load.chunk || !load.kept)
+        FAIL_GOTO(done, STATUS_INTERNAL, "out of memory loading optimizer state");
+    TRY_GOTO(load_owned(&load), done);
 done:
-    free(kept);
-    free(chunk);
+    free(load.kept);
+    free(load.chunk);
     return status;
 }
 

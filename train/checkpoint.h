@@ -11,12 +11,19 @@
 // renamed and the parent synced. Deleting removes the manifest first. So at each instant every
 // step_* directory with a manifest is complete, and only damage to the disk makes one fail
 // verification.
+//
+// Several ranks write into one directory of a file system that they share: each its optimizer file,
+// rank 0 also the rest. When all have said that their files are synced, and with which hashes, rank
+// 0 writes the manifest and renames (checkpoint_publish); when one has failed, it removes what
+// there is (checkpoint_discard). What they tell each other is the caller's business
+// (train/run_save.c).
 #ifndef TRAIN_CHECKPOINT_H
 #define TRAIN_CHECKPOINT_H
 
 #include <stdbool.h>
 #include <stdint.h>
 #include "base/file.h"
+#include "base/hash.h"
 #include "base/json.h"
 #include "base/memory_plan.h"
 #include "base/status.h"
@@ -28,6 +35,8 @@ typedef struct CheckpointOptions {
     int64_t keep_last;     // newest checkpoints kept, >= 1
     int64_t keep_every;    // also kept: steps that are multiples of this; 0 = none
     DType dtype;           // of model.safetensors
+    int rank, world;       // that write together; world 0 counts as 1
+    long tag;              // in the names of unfinished saves, the same on all ranks: rank 0's pid
 } CheckpointOptions;
 
 // --- checkpoint_writer.c -------------------------------------------------------------------------
@@ -35,17 +44,30 @@ typedef struct CheckpointOptions {
 // The background writer: takes a snapshot into host memory reserved once, then writes on a thread.
 typedef struct CheckpointWriter CheckpointWriter;
 
-// state_dtype: the optimizer's.
-Status checkpoint_plan(const TensorTable *table, DType state_dtype, MemoryPlan *plan) NODISCARD;
+// The snapshot of one rank. state_dtype is the optimizer's, compute_dtype the backend's; of the
+// options rank and world count, and the table is padded for as many.
+Status checkpoint_plan(const TensorTable *table, DType state_dtype, DType compute_dtype,
+                       const CheckpointOptions *options, MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
 // Copies weights, m, v and `state` (borrowed, copied), starts the thread and returns. An earlier
-// save must have been collected with checkpoint_wait.
+// save must have been collected with checkpoint_wait. With one rank the thread goes on to publish.
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) NODISCARD;
 // True while a save is being written: checkpoint_wait would block.
 bool checkpoint_busy(CheckpointWriter *writer);
 // Waits for the save in flight and returns how it ended; STATUS_OK when there is none.
 Status checkpoint_wait(CheckpointWriter *writer) NODISCARD;
+// What a rank's optimizer file turned out to be, once checkpoint_wait has returned STATUS_OK.
+typedef struct CheckpointPart {
+    uint64_t bytes;
+    char hex[HASH_HEX_SIZE];
+} CheckpointPart;
+CheckpointPart checkpoint_part(const CheckpointWriter *writer);
+// Rank 0, when every rank has written: starts the thread that makes the checkpoint visible and
+// deletes old ones; checkpoint_wait says how it went. `parts` is (world), copied.
+Status checkpoint_publish(CheckpointWriter *writer, const CheckpointPart *parts) NODISCARD;
+// Rank 0, when some rank has not: removes what all ranks have written. Only while none writes.
+void checkpoint_discard(CheckpointWriter *writer);
 void checkpoint_writer_destroy(CheckpointWriter *writer); // waits; NULL is fine
 
 // --- checkpoint_directory.c ----------------------------------------------------------------------

@@ -22,27 +22,57 @@ Status slices_file_name(int rank, int world, char out[64]) {
 
 // --- Writing -------------------------------------------------------------------------------------
 
-// The part of a tensor inside [begin, end) of the arenas, as elements of the tensor.
-static int64_t part_of(const Tensor *tensor, int64_t begin, int64_t end, int64_t *first) {
-    int64_t from = tensor->offset > begin ? tensor->offset : begin;
-    int64_t last = tensor->offset + tensor->count;
-    int64_t to = last < end ? last : end;
-    *first = from - tensor->offset;
-    return to > from ? to - from : 0;
+// A tensor, or the part of it that lies in one range.
+typedef struct SlicePart {
+    const Tensor *tensor;
+    int64_t first, count; // elements of the tensor
+    int64_t at;           // of the first one, among all that is written
+} SlicePart;
+
+// The parts that the ranges cut out of the tensors; `parts` has room for most_parts().
+static int find_parts(const TensorTable *table, const SliceRange *ranges, int num_ranges,
+                      SlicePart *parts) {
+    int64_t before = 0; // elements of the ranges before this one
+    int count = 0;
+    for (int r = 0; r < num_ranges; r++) {
+        for (int i = 0; i < table->count; i++) {
+            const Tensor *tensor = &table->tensors[i];
+            int64_t last = tensor->offset + tensor->count;
+            int64_t from = tensor->offset > ranges[r].begin ? tensor->offset : ranges[r].begin;
+            int64_t to = last < ranges[r].end ? last : ranges[r].end;
+            if (from < to)
+                parts[count++] = (SlicePart){tensor, from - tensor->offset, to - from,
+                                             before + from - ranges[r].begin};
+        }
+        before += ranges[r].end - ranges[r].begin;
+    }
+    return count;
 }
 
-static SafetensorsSpec describe(const Tensor *tensor, SliceKind kind, int64_t first, int64_t count,
-                                char name[SLICE_NAME_MAX]) {
+static int most_parts(const TensorTable *table, const SliceRange *ranges, int num_ranges) {
+    int count = 0;
+    for (int r = 0; r < num_ranges; r++) {
+        for (int i = 0; i < table->count; i++) {
+            const Tensor *tensor = &table->tensors[i];
+            count +=
+                tensor->offset < ranges[r].end && tensor->offset + tensor->count > ranges[r].begin;
+        }
+    }
+    return count;
+}
+
+static SafetensorsSpec describe(const SlicePart *part, SliceKind kind, char name[SLICE_NAME_MAX]) {
+    const Tensor *tensor = part->tensor;
     SafetensorsSpec spec = {.name = name, .dtype = DTYPE_F32};
-    if (count == tensor->count) {
+    if (part->count == tensor->count) {
         snprintf(name, SLICE_NAME_MAX, "%s.%s", tensor->name, kind_names[kind]);
         spec.ndim = tensor->ndim;
         for (int d = 0; d < tensor->ndim; d++) spec.shape[d] = tensor->shape[d];
     } else {
         snprintf(name, SLICE_NAME_MAX, "%s.%s[%" PRId64 ":%" PRId64 "]", tensor->name,
-                 kind_names[kind], first, first + count);
+                 kind_names[kind], part->first, part->first + part->count);
         spec.ndim = 1;
-        spec.shape[0] = count;
+        spec.shape[0] = part->count;
     }
     return spec;
 }
@@ -64,37 +94,30 @@ static Status append_values(SafetensorsWriter *writer, const SliceArena *arena, 
     return STATUS_OK;
 }
 
-static Status append_parts(SafetensorsWriter *writer, const TensorTable *table, int64_t begin,
-                           int64_t end, const SliceArena arenas[SLICE_KINDS]) {
-    for (int kind = 0; kind < SLICE_KINDS; kind++) {
-        for (int i = 0; i < table->count; i++) {
-            int64_t first, count = part_of(&table->tensors[i], begin, end, &first);
-            int64_t at = table->tensors[i].offset + first - begin;
-            if (count > 0) TRY(append_values(writer, &arenas[kind], at, count));
-        }
-    }
+static Status append_parts(SafetensorsWriter *writer, const SlicePart *parts, int count,
+                           const SliceArena arenas[SLICE_KINDS]) {
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        for (int i = 0; i < count; i++)
+            TRY(append_values(writer, &arenas[kind], parts[i].at, parts[i].count));
     return STATUS_OK;
 }
 
-Status slices_write(const char *path, const TensorTable *table, int64_t begin, int64_t end,
-                    const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
+Status slices_write(const char *path, const TensorTable *table, const SliceRange *ranges,
+                    int num_ranges, const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
                     char hex[HASH_HEX_SIZE]) {
     Status status = STATUS_OK;
     SafetensorsWriter *writer = NULL;
-    size_t most = (size_t)table->count * SLICE_KINDS, used = 0;
-    SafetensorsSpec *specs = malloc(most * sizeof *specs);
-    char(*names)[SLICE_NAME_MAX] = malloc(most * sizeof *names);
-    if (!specs || !names) FAIL_GOTO(done, STATUS_INTERNAL, "%s: out of memory", path);
-    for (int kind = 0; kind < SLICE_KINDS; kind++) {
-        for (int i = 0; i < table->count; i++) {
-            int64_t first, count = part_of(&table->tensors[i], begin, end, &first);
-            if (count == 0) continue;
-            specs[used] = describe(&table->tensors[i], (SliceKind)kind, first, count, names[used]);
-            used++;
-        }
-    }
+    size_t most = (size_t)most_parts(table, ranges, num_ranges) + 1, used = 0;
+    SlicePart *parts = malloc(most * sizeof *parts);
+    SafetensorsSpec *specs = malloc(most * SLICE_KINDS * sizeof *specs);
+    char(*names)[SLICE_NAME_MAX] = malloc(most * SLICE_KINDS * sizeof *names);
+    if (!parts || !specs || !names) FAIL_GOTO(done, STATUS_INTERNAL, "%s: out of memory", path);
+    int count = find_parts(table, ranges, num_ranges, parts);
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        for (int i = 0; i < count; i++, used++)
+            specs[used] = describe(&parts[i], (SliceKind)kind, names[used]);
     TRY_GOTO(safetensors_writer_open(path, specs, used, NULL, &writer), done);
-    status = append_parts(writer, table, begin, end, arenas);
+    status = append_parts(writer, parts, count, arenas);
     if (status != STATUS_OK)
         safetensors_writer_abort(writer);
     else
@@ -102,6 +125,7 @@ Status slices_write(const char *path, const TensorTable *table, int64_t begin, i
 done:
     free(names);
     free(specs);
+    free(parts);
     return status;
 }
 

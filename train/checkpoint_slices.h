@@ -21,14 +21,19 @@ enum { SLICE_NAME_MAX = TENSOR_NAME_MAX + 64, CHECKPOINT_MAX_RANKS = 100000 };
 
 // "optimizer-00000-of-00001.safetensors"
 Status slices_file_name(int rank, int world, char out[64]) NODISCARD;
-// The host copy of one kind, from the first element that is written on. The file holds fp32.
+// Elements [begin, end) of the arenas.
+typedef struct SliceRange {
+    int64_t begin, end;
+} SliceRange;
+// The host copy of one kind: the elements of all ranges that are written, one after the other. The
+// file holds fp32.
 typedef struct SliceArena {
     const void *values;
     DType dtype;
 } SliceArena;
-// Writes the part [begin, end) of the arenas. Gives the file's size and hash.
-Status slices_write(const char *path, const TensorTable *table, int64_t begin, int64_t end,
-                    const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
+// Writes the ranges, which rise and do not overlap. Gives the file's size and hash.
+Status slices_write(const char *path, const TensorTable *table, const SliceRange *ranges,
+                    int num_ranges, const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
                     char hex[HASH_HEX_SIZE]) NODISCARD;
 
 typedef struct SliceEntry {

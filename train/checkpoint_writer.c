@@ -2,7 +2,8 @@
 //
 // checkpoint_begin copies what a save needs into memory that was reserved at the start and returns;
 // a thread of its own then writes, syncs, publishes and deletes old checkpoints. The thread touches
-// the snapshot, files and nothing else, so training goes on. It lives for one save.
+// the snapshot, files and nothing else, so training goes on. It lives for one save; among several
+// ranks for one half of it, since in between they agree that all have written.
 //
 // A save that fails leaves no trace but its message: its directory is removed, which also gives
 // back the space on a full disk, and the checkpoints before it are untouched. fsync is never tried
@@ -22,14 +23,21 @@
 #include "train/checkpoint_manifest.h"
 #include "train/checkpoint_slices.h"
 
+enum { WIDEN_BLOCK = 4096 }; // elements
+
 struct CheckpointWriter {
     Model *model;
     Optimizer *optimizer;
     CheckpointOptions options;
     char *config_text;           // config.json, or NULL when it cannot express the model
-    void *snapshot[SLICE_KINDS]; // (table.total) of snapshot_dtype each, host memory
-    char *state_text;            // state.json of the save in flight
+    void *snapshot[SLICE_KINDS]; // (owned) of snapshot_dtype each, host memory
+    void *weights;               // rank 0 of several: the whole working copy; else NULL
+    SliceRange *ranges;          // (num_ranges) what this rank owns
+    int num_ranges;
+    char *state_text; // state.json of the save in flight
     int64_t step;
+    Manifest manifest; // of the save in flight: what this rank has written
+    CheckpointPart part;
     bool running;      // the thread must be joined
     atomic_bool ended; // joining it will not block
     pthread_t thread;
@@ -41,14 +49,23 @@ static DType snapshot_dtype(SliceKind kind, DType state_dtype) {
     return kind == SLICE_MASTER ? DTYPE_F32 : state_dtype;
 }
 
-static size_t snapshot_bytes(const TensorTable *table, SliceKind kind, DType state_dtype) {
-    return (size_t)table->total * dtype_bytes(snapshot_dtype(kind, state_dtype));
+static size_t snapshot_bytes(int64_t owned, SliceKind kind, DType state_dtype) {
+    return (size_t)owned * dtype_bytes(snapshot_dtype(kind, state_dtype));
 }
 
-Status checkpoint_plan(const TensorTable *table, DType state_dtype, MemoryPlan *plan) {
-    uint64_t bytes = 0;
+// With one rank the snapshot of the master is the whole of the weights.
+static size_t weights_bytes(const TensorTable *table, DType compute_dtype,
+                            const CheckpointOptions *options) {
+    if (options->world <= 1 || options->rank > 0) return 0;
+    return tensor_table_copy_bytes(table, compute_dtype, table->total);
+}
+
+Status checkpoint_plan(const TensorTable *table, DType state_dtype, DType compute_dtype,
+                       const CheckpointOptions *options, MemoryPlan *plan) {
+    const int64_t owned = table->total / (options->world > 1 ? options->world : 1);
+    uint64_t bytes = weights_bytes(table, compute_dtype, options);
     for (int kind = 0; kind < SLICE_KINDS; kind++)
-        bytes += snapshot_bytes(table, (SliceKind)kind, state_dtype);
+        bytes += snapshot_bytes(owned, (SliceKind)kind, state_dtype);
     return memory_plan_add(plan, "checkpoint snapshot", bytes);
 }
 
@@ -64,11 +81,33 @@ static Status write_text(const char *directory, const char *name, const char *te
     return manifest_add(manifest, name, bytes, hex);
 }
 
-static Status append_weights(SafetensorsWriter *writer, const TensorTable *table,
-                             const float *master) {
+// From the working copy, whose body may be narrower than what the writer takes.
+static Status append_copy(SafetensorsWriter *writer, const void *values, DType dtype,
+                          int64_t count) {
+    float block[WIDEN_BLOCK];
+    for (int64_t done = 0; done < count; done += WIDEN_BLOCK) {
+        int64_t some = count - done < WIDEN_BLOCK ? count - done : WIDEN_BLOCK;
+        dtype_to_f32(dtype, (const char *)values + (size_t)done * dtype_bytes(dtype), block,
+                     (size_t)some);
+        TRY(safetensors_writer_append(writer, block, (uint64_t)some));
+    }
+    return STATUS_OK;
+}
+
+static Status append_weights(SafetensorsWriter *file, const CheckpointWriter *writer) {
+    const TensorTable *table = &writer->model->table;
+    const DType compute = writer->model->backend->compute_dtype;
+    const float *master = writer->snapshot[SLICE_MASTER];
     for (int i = 0; i < table->count; i++) {
         const Tensor *tensor = &table->tensors[i];
-        TRY(safetensors_writer_append(writer, master + tensor->offset, (uint64_t)tensor->count));
+        if (!writer->weights) {
+            TRY(safetensors_writer_append(file, master + tensor->offset, (uint64_t)tensor->count));
+            continue;
+        }
+        const char *from =
+            (const char *)writer->weights + tensor_table_copy_bytes(table, compute, tensor->offset);
+        DType dtype = tensor->role == ROLE_ROUTER ? DTYPE_F32 : compute;
+        TRY(append_copy(file, from, dtype, tensor->count));
     }
     return STATUS_OK;
 }
@@ -88,70 +127,82 @@ static Status write_weights(const CheckpointWriter *writer, const char *path, ui
     Status status = safetensors_writer_open(path, specs, (size_t)table->count, NULL, &file);
     free(specs);
     TRY(status);
-    status = append_weights(file, table, writer->snapshot[SLICE_MASTER]);
+    status = append_weights(file, writer);
     if (status == STATUS_OK) return safetensors_writer_finish(file, bytes, hex);
     safetensors_writer_abort(file);
     return status;
 }
 
-static Status write_files(const CheckpointWriter *writer, const char *directory,
-                          Manifest *manifest) {
-    const TensorTable *table = &writer->model->table;
+// The optimizer file of this rank.
+static Status write_slices(CheckpointWriter *writer, const char *directory) {
     SliceArena arenas[SLICE_KINDS];
-    char path[IO_PATH_MAX], name[64], hex[HASH_HEX_SIZE];
-    uint64_t bytes;
+    char path[IO_PATH_MAX], name[64];
+    CheckpointPart *part = &writer->part;
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         arenas[kind] =
             (SliceArena){writer->snapshot[kind],
                          snapshot_dtype((SliceKind)kind, writer->optimizer->options.state_dtype)};
+    TRY(slices_file_name(writer->options.rank, writer->options.world, name));
+    TRY(io_path(path, "%s/%s", directory, name));
+    return slices_write(path, &writer->model->table, writer->ranges, writer->num_ranges, arenas,
+                        &part->bytes, part->hex);
+}
+
+static Status write_files(CheckpointWriter *writer, const char *directory) {
+    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    uint64_t bytes;
+    if (writer->options.rank > 0) return write_slices(writer, directory);
     TRY(io_path(path, "%s/model.safetensors", directory));
     TRY(write_weights(writer, path, &bytes, hex));
-    TRY(manifest_add(manifest, "model.safetensors", bytes, hex));
-    TRY(slices_file_name(0, 1, name));
-    TRY(io_path(path, "%s/%s", directory, name));
-    TRY(slices_write(path, table, 0, table->total, arenas, &bytes, hex));
-    TRY(manifest_add(manifest, name, bytes, hex));
+    TRY(manifest_add(&writer->manifest, "model.safetensors", bytes, hex));
+    TRY(write_slices(writer, directory));
     if (writer->config_text)
-        TRY(write_text(directory, "config.json", writer->config_text, manifest));
-    TRY(write_text(directory, "state.json", writer->state_text, manifest));
-    return manifest_write(manifest, directory);
+        TRY(write_text(directory, "config.json", writer->config_text, &writer->manifest));
+    return write_text(directory, "state.json", writer->state_text, &writer->manifest);
 }
 
 // --- One save ------------------------------------------------------------------------------------
 
-static Status write_and_publish(const CheckpointWriter *writer, const char *temp,
-                                Manifest *manifest) {
-    const char *directory = writer->options.directory;
-    char target[IO_PATH_MAX];
-    TRY(checkpoint_path(directory, writer->step, target));
-    TRY(io_remove_tree(temp));
+static Status temporary_path(const CheckpointWriter *writer, char out[IO_PATH_MAX]) {
+    TRY(checkpoint_path(writer->options.directory, writer->step, out));
+    size_t length = strlen(out);
+    INVARIANT(length + 32 < IO_PATH_MAX);
+    snprintf(out + length, IO_PATH_MAX - length, ".tmp-%ld", writer->options.tag);
+    return STATUS_OK;
+}
+
+// The first failure is the one to report, not that of the clean-up.
+static void remove_temporary(const CheckpointWriter *writer) {
+    char temp[IO_PATH_MAX];
+    StatusRecord record;
+    status_take(&record);
+    if (temporary_path(writer, temp) != STATUS_OK || io_remove_tree(temp) != STATUS_OK)
+        status_clear();
+    if (record.code != STATUS_OK) (void)status_put(&record);
+}
+
+static Status write_own(CheckpointWriter *writer) {
+    char temp[IO_PATH_MAX];
+    TRY(temporary_path(writer, temp));
+    // Among several ranks another may have begun: nothing is in the way then (checkpoint_discard).
+    if (writer->options.world == 1) TRY(io_remove_tree(temp));
     TRY(io_make_directories(temp));
-    TRY(write_files(writer, temp, manifest));
+    TRY(write_files(writer, temp));
+    return io_fsync_directory(temp);
+}
+
+static Status publish(CheckpointWriter *writer) {
+    const char *directory = writer->options.directory;
+    char temp[IO_PATH_MAX], target[IO_PATH_MAX];
+    writer->manifest.step = writer->step;
+    TRY(temporary_path(writer, temp));
+    TRY(checkpoint_path(directory, writer->step, target));
+    TRY(manifest_write(&writer->manifest, temp));
     TRY(io_fsync_directory(temp));
     // Only a broken checkpoint of this step, or one of an abandoned attempt, can be in the way.
     if (io_is_directory(target)) TRY(checkpoint_remove(target));
     TRY(io_rename(temp, target));
-    return io_fsync_directory(directory);
-}
-
-static Status save(const CheckpointWriter *writer) {
-    const char *directory = writer->options.directory;
-    char temp[IO_PATH_MAX];
-    Manifest manifest = {.step = writer->step};
-    TRY(checkpoint_path(directory, writer->step, temp));
-    size_t length = strlen(temp);
-    INVARIANT(length + 32 < sizeof temp);
-    snprintf(temp + length, sizeof temp - length, ".tmp-%ld", (long)getpid());
-
-    Status status = write_and_publish(writer, temp, &manifest);
-    manifest_free(&manifest);
-    if (status != STATUS_OK) {
-        // The first failure is the one to report, not that of the clean-up.
-        StatusRecord record;
-        status_take(&record);
-        if (io_remove_tree(temp) != STATUS_OK) status_clear();
-        return status_put(&record);
-    }
+    TRY(io_fsync_directory(directory));
     if (checkpoint_retain(&writer->options, writer->step) != STATUS_OK) {
         log_warn("old checkpoints could not be removed: %s", status_message());
         status_clear();
@@ -159,23 +210,47 @@ static Status save(const CheckpointWriter *writer) {
     return STATUS_OK;
 }
 
-static void *save_thread(void *argument) {
-    CheckpointWriter *writer = argument;
-    if (save(writer) != STATUS_OK)
+static Status add_part(CheckpointWriter *writer, int rank, const CheckpointPart *part) {
+    char name[64];
+    TRY(slices_file_name(rank, writer->options.world, name));
+    return manifest_add(&writer->manifest, name, part->bytes, part->hex);
+}
+
+// With one rank there is nobody to wait for between writing and publishing.
+static Status save(CheckpointWriter *writer) {
+    Status status = write_own(writer);
+    if (writer->options.world > 1) return status;
+    if (status == STATUS_OK) status = add_part(writer, 0, &writer->part);
+    if (status == STATUS_OK) status = publish(writer);
+    if (status != STATUS_OK) remove_temporary(writer);
+    return status;
+}
+
+static void end_thread(CheckpointWriter *writer, Status status) {
+    if (status != STATUS_OK)
         status_take(&writer->record);
     else
         writer->record = (StatusRecord){.code = STATUS_OK};
     atomic_store(&writer->ended, true);
+}
+
+static void *save_thread(void *argument) {
+    end_thread(argument, save(argument));
+    return NULL;
+}
+
+static void *publish_thread(void *argument) {
+    end_thread(argument, publish(argument));
     return NULL;
 }
 
 // Signals are for the thread that trains.
-static Status start_thread(CheckpointWriter *writer) {
+static Status start_thread(CheckpointWriter *writer, void *(*body)(void *)) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     atomic_store(&writer->ended, false);
-    int error = pthread_create(&writer->thread, NULL, save_thread, writer);
+    int error = pthread_create(&writer->thread, NULL, body, writer);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error) FAIL(STATUS_INTERNAL, "cannot start the checkpoint thread: %s", strerror(error));
     writer->running = true;
@@ -203,21 +278,39 @@ static Status make_config_text(CheckpointWriter *writer) {
     return STATUS_OK;
 }
 
+static Status reserve(CheckpointWriter *writer) {
+    const Model *model = writer->model;
+    const Optimizer *optimizer = writer->optimizer;
+    const Partition *partition = optimizer->partition;
+    Backend *backend = model->backend;
+    size_t weights = weights_bytes(&model->table, backend->compute_dtype, &writer->options);
+    for (int kind = 0; kind < SLICE_KINDS; kind++)
+        TRY(backend->ops->host_alloc(
+            backend,
+            snapshot_bytes(partition->owned, (SliceKind)kind, optimizer->options.state_dtype),
+            &writer->snapshot[kind]));
+    if (weights > 0) TRY(backend->ops->host_alloc(backend, weights, &writer->weights));
+    writer->ranges = malloc((size_t)partition->count * sizeof *writer->ranges);
+    if (!writer->ranges) FAIL(STATUS_INTERNAL, "out of memory for %d slices", partition->count);
+    for (int i = 0; i < partition->count; i++) {
+        int64_t begin = partition_begin(partition, i);
+        writer->ranges[writer->num_ranges++] =
+            (SliceRange){begin, begin + partition->buckets[i].part};
+    }
+    return STATUS_OK;
+}
+
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) {
     Status status = STATUS_OK;
-    Backend *backend = model->backend;
     CheckpointWriter *writer = calloc(1, sizeof *writer);
     if (!writer) FAIL(STATUS_INTERNAL, "out of memory for the checkpoint writer");
     writer->model = model;
     writer->optimizer = optimizer;
     writer->options = *options;
-    for (int kind = 0; kind < SLICE_KINDS; kind++)
-        TRY_GOTO(backend->ops->host_alloc(
-                     backend,
-                     snapshot_bytes(&model->table, (SliceKind)kind, optimizer->options.state_dtype),
-                     &writer->snapshot[kind]),
-                 fail);
+    if (writer->options.world < 1) writer->options.world = 1;
+    if (writer->options.tag == 0) writer->options.tag = (long)getpid();
+    TRY_GOTO(reserve(writer), fail);
     TRY_GOTO(make_config_text(writer), fail);
     *out = writer;
     return STATUS_OK;
@@ -232,21 +325,45 @@ void checkpoint_writer_destroy(CheckpointWriter *writer) {
     Backend *backend = writer->model->backend;
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         if (writer->snapshot[kind]) backend->ops->host_release(backend, writer->snapshot[kind]);
+    if (writer->weights) backend->ops->host_release(backend, writer->weights);
+    manifest_free(&writer->manifest);
+    free(writer->ranges);
     free(writer->config_text);
     free(writer->state_text);
     free(writer);
+}
+
+// What this rank owns of the master lies in the model's arena, cut by the partition, or is whole in
+// the optimizer's.
+static Status snapshot_master(CheckpointWriter *writer) {
+    const Model *model = writer->model;
+    const Optimizer *optimizer = writer->optimizer;
+    const Partition *partition = optimizer->partition;
+    Backend *backend = model->backend;
+    float *to = writer->snapshot[SLICE_MASTER];
+    if (!model->master)
+        return backend->ops->download(backend, to, optimizer->master,
+                                      (size_t)partition->owned * sizeof *to);
+    for (int i = 0; i < partition->count; i++)
+        TRY(backend->ops->download(backend, to + partition->buckets[i].state,
+                                   model->master + partition_begin(partition, i),
+                                   (size_t)partition->buckets[i].part * sizeof *to));
+    return STATUS_OK;
 }
 
 static Status take_snapshot(CheckpointWriter *writer) {
     const Model *model = writer->model;
     const Optimizer *optimizer = writer->optimizer;
     Backend *backend = model->backend;
-    const void *const from[SLICE_KINDS] = {model->master, optimizer->m, optimizer->v};
-    for (int kind = 0; kind < SLICE_KINDS; kind++)
-        TRY(backend->ops->download(
-            backend, writer->snapshot[kind], from[kind],
-            snapshot_bytes(&model->table, (SliceKind)kind, optimizer->options.state_dtype)));
-    return STATUS_OK;
+    const DType state = optimizer->options.state_dtype;
+    const size_t bytes = snapshot_bytes(optimizer->partition->owned, SLICE_M, state);
+    TRY(snapshot_master(writer));
+    TRY(backend->ops->download(backend, writer->snapshot[SLICE_M], optimizer->m, bytes));
+    TRY(backend->ops->download(backend, writer->snapshot[SLICE_V], optimizer->v, bytes));
+    if (!writer->weights) return STATUS_OK;
+    return backend->ops->download(
+        backend, writer->weights, model->params,
+        weights_bytes(&model->table, backend->compute_dtype, &writer->options));
 }
 
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) {
@@ -256,8 +373,23 @@ Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *st
     free(writer->state_text);
     writer->state_text = text;
     writer->step = step;
+    manifest_free(&writer->manifest);
     TRY(take_snapshot(writer));
-    return start_thread(writer);
+    return start_thread(writer, save_thread);
+}
+
+CheckpointPart checkpoint_part(const CheckpointWriter *writer) {
+    return writer->part;
+}
+
+Status checkpoint_publish(CheckpointWriter *writer, const CheckpointPart *parts) {
+    INVARIANT(!writer->running && writer->options.rank == 0);
+    for (int r = 0; r < writer->options.world; r++) TRY(add_part(writer, r, &parts[r]));
+    return start_thread(writer, publish_thread);
+}
+
+void checkpoint_discard(CheckpointWriter *writer) {
+    remove_temporary(writer);
 }
 
 bool checkpoint_busy(CheckpointWriter *writer) {

@@ -46,6 +46,7 @@ typedef enum PlanOrigin { PLAN_GIVEN, PLAN_OF_RUN, PLAN_TO_MEASURE } PlanOrigin;
 // What a dry run works on. Large, so it lives on the heap.
 typedef struct DryRun {
     const Recipe *recipe;
+    int ranks;
     Backend *backend;
     ModelConfig seed, config; // before and after surgery
     FusionPlan plan;
@@ -179,7 +180,7 @@ static bool variant_with_experts(const DryRun *dry, Recipe *variant, char change
         if (status == STATUS_OK)
             status = fusion_target_config(&other->plan, &other->seed, &other->config);
         if (status == STATUS_OK)
-            status = run_memory_plan(variant, dry->backend, &other->config, memory);
+            status = run_memory_plan(variant, dry->backend, &other->config, dry->ranks, memory);
         if (status != STATUS_OK) status_clear();
         found = status == STATUS_OK && memory_fits(memory);
     }
@@ -191,7 +192,7 @@ static void print_what_fits(const DryRun *dry) {
     Recipe variant = *dry->recipe;
     RunMemory memory;
     char change[MEMORY_CHANGE_MAX], text[BYTES_TEXT_SIZE];
-    if (!memory_variant(&variant, dry->backend, &dry->config, change, &memory) &&
+    if (!memory_variant(&variant, dry->backend, &dry->config, dry->ranks, change, &memory) &&
         !variant_with_experts(dry, &variant, change, &memory)) {
         printf("  no change of micro_batch, recompute or num_experts makes it fit\n");
         return;
@@ -202,10 +203,12 @@ static void print_what_fits(const DryRun *dry) {
 
 static Status print_memory(const DryRun *dry) {
     const Recipe *recipe = dry->recipe;
-    char text[BYTES_TEXT_SIZE];
+    char text[BYTES_TEXT_SIZE], what[64];
     RunMemory training, calibration;
-    TRY(run_memory_plan(recipe, dry->backend, &dry->config, &training));
-    print_memory_plan(&training, "training");
+    TRY(run_memory_plan(recipe, dry->backend, &dry->config, dry->ranks, &training));
+    snprintf(what, sizeof what, dry->ranks > 1 ? "training, each of %d ranks" : "training",
+             dry->ranks);
+    print_memory_plan(&training, what);
     printf("  training state (parameters, gradients, AdamW moments): %s\n",
            bytes_text(memory_training_state(&training), text));
     bool fits = memory_fits(&training);
@@ -263,6 +266,7 @@ static Status print_training(const DryRun *dry) {
 static Status print_all(DryRun *dry) {
     char *text = NULL;
     TRY(prepare_backend(dry->recipe, &dry->backend));
+    TRY(prepare_check_world(dry->recipe, dry->backend, dry->ranks));
     TRY(find_shape(dry));
     TRY(recipe_print(dry->recipe, &text));
     printf("# %s\n%s", dry->recipe->path, text);
@@ -273,10 +277,11 @@ static Status print_all(DryRun *dry) {
     return print_training(dry);
 }
 
-Status dry_run(const Recipe *recipe) {
+Status dry_run(const Recipe *recipe, int ranks) {
     DryRun *dry = calloc(1, sizeof *dry);
     if (!dry) FAIL(STATUS_INTERNAL, "no memory for a dry run");
     dry->recipe = recipe;
+    dry->ranks = ranks;
     Status status = print_all(dry);
     backend_destroy(dry->backend);
     free(dry);

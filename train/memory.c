@@ -13,6 +13,7 @@
 #include <unistd.h>
 #include "base/log.h"
 #include "model/similarity.h"
+#include "optim/pairwise.h"
 #include "train/checkpoint.h"
 
 // What the GPU libraries load when an op first runs: code, tables, plans of attention.
@@ -72,7 +73,7 @@ static Status begin_plan(Backend *backend, RunMemory *out, MemoryPlan **device) 
     return memory_plan_add(&out->machine, "program and libraries", memory_resident());
 }
 
-Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config, int ranks,
                        RunMemory *out) {
     ModelOptions options;
     OptimizerOptions optimizer = prepare_optimizer_options(recipe);
@@ -83,10 +84,17 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY(begin_plan(backend, out, &device));
     TRY(prepare_model_options(recipe, true, &options));
     TRY(prepare_train_data(recipe, config, &data));
+    options.ranks = data.loader.world = ranks;
     TRY(model_plan(backend, config, &options, device));
     TRY(tensor_table_build(config, &table));
-    TRY_GOTO(optimizer_plan(&table, &optimizer, device), done);
-    TRY_GOTO(checkpoint_plan(&table, optimizer.state_dtype, &out->machine), done);
+    if (ranks > 1) TRY_GOTO(tensor_table_pad(&table, ranks), done);
+    TRY_GOTO(optimizer_plan(&table, &optimizer, backend->compute_dtype, ranks, device), done);
+    if (recipe->parallel_pairwise)
+        TRY_GOTO(pairwise_plan(&table, loader_micro_batches(&data.loader), device), done);
+    CheckpointOptions checkpoint = {.rank = 0, .world = ranks};
+    TRY_GOTO(checkpoint_plan(&table, optimizer.state_dtype, backend->compute_dtype, &checkpoint,
+                             &out->machine),
+             done);
     TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:
     tensor_table_free(&table);
@@ -117,15 +125,16 @@ bool memory_fits(const RunMemory *memory) {
 
 // True when the variant fits; false when it does not or is no valid recipe.
 static bool variant_fits(const Recipe *variant, Backend *backend, const ModelConfig *config,
-                         RunMemory *memory) {
+                         int ranks, RunMemory *memory) {
     Status status = recipe_check(variant);
-    if (status == STATUS_OK) status = run_memory_plan(variant, backend, config, memory);
+    if (status == STATUS_OK) status = prepare_check_world(variant, backend, ranks);
+    if (status == STATUS_OK) status = run_memory_plan(variant, backend, config, ranks, memory);
     if (status == STATUS_OK) return memory_fits(memory);
     status_clear();
     return false;
 }
 
-bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config,
+bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config, int ranks,
                     char change[MEMORY_CHANGE_MAX], RunMemory *memory) {
     const int64_t micro_batch = variant->train_micro_batch;
     for (int layer = 0; layer < 2; layer++) {
@@ -134,7 +143,7 @@ bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config
             variant->train_micro_batch = b;
             snprintf(change, MEMORY_CHANGE_MAX, "train.micro_batch = %" PRId64 "%s", b,
                      layer ? ", train.recompute = layer" : "");
-            if (variant_fits(variant, backend, config, memory)) return true;
+            if (variant_fits(variant, backend, config, ranks, memory)) return true;
         }
     }
     return false;
@@ -176,16 +185,16 @@ static void warn_machine(const RunMemory *memory) {
              bytes_text(memory->machine_bytes, have));
 }
 
-Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config) {
+Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config, int ranks) {
     RunMemory memory, smaller;
     char change[MEMORY_CHANGE_MAX], need[BYTES_TEXT_SIZE];
     Recipe variant = *recipe;
     Text t = {.used = 0};
-    TRY(run_memory_plan(recipe, backend, config, &memory));
+    TRY(run_memory_plan(recipe, backend, config, ranks, &memory));
     warn_machine(&memory);
     if (gpu_suffices(&memory)) return STATUS_OK;
     add_table(&t, &memory, "training");
-    if (memory_variant(&variant, backend, config, change, &smaller))
+    if (memory_variant(&variant, backend, config, ranks, change, &smaller))
         add_text(&t, "\nwith %s: %s", change, bytes_text(memory_plan_total(&smaller.gpu), need));
     else
         add_text(&t, "\nno micro_batch or recompute makes it fit; train a smaller model");

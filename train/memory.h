@@ -20,8 +20,8 @@ uint64_t memory_of_machine(void);
 // Resident memory of this process now.
 uint64_t memory_resident(void);
 
-// The whole of a training run.
-Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+// The whole of a training run, for rank 0 of `ranks`; the others need no more.
+Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config, int ranks,
                        RunMemory *out) NODISCARD;
 // The calibration that comes before training when the plan has to be measured; its memory is given
 // back before training takes its own.
@@ -34,13 +34,14 @@ uint64_t memory_training_state(const RunMemory *memory);
 // Tries what costs least first: a smaller micro-batch, then recomputing layers. True when one fits:
 // `variant` (in: the recipe), `change` and `memory` say which. The model stays as it is.
 enum { MEMORY_CHANGE_MAX = 160 };
-bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config,
+bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config, int ranks,
                     char change[MEMORY_CHANGE_MAX], RunMemory *memory);
 
 // Before training takes its memory. Refuses what the GPU has no room for, with the table and what
 // to change; warns where the machine has too little, since the system would kill the run later,
 // without a word.
-Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config) NODISCARD;
+Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+                    int ranks) NODISCARD;
 Status memory_check_calibration(const Recipe *recipe, Backend *backend,
                                 const ModelConfig *seed) NODISCARD;
 

@@ -50,6 +50,28 @@ Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *
     return parse_recompute(recipe->train_recompute, &out->recompute);
 }
 
+Status prepare_check_world(const Recipe *recipe, const Backend *backend, int world) {
+    const int64_t micro_batches = recipe->train_global_batch / recipe->train_micro_batch;
+    if (world == 1) return STATUS_OK;
+    if (micro_batches % world != 0) {
+        int64_t ranks = world < micro_batches ? world : micro_batches;
+        while (micro_batches % ranks != 0) ranks--;
+        FAIL(STATUS_USAGE,
+             "train.global_batch = %" PRId64 " is not a multiple of train.micro_batch = %" PRId64
+             " times %d ranks; start %" PRId64 " ranks, or change the batches",
+             recipe->train_global_batch, recipe->train_micro_batch, world, ranks);
+    }
+    if (backend->compute_dtype == DTYPE_F32) return STATUS_OK;
+    const char *key = recipe->checkpoint_dtype == WEIGHTS_F32 ? "checkpoint.dtype"
+                      : recipe->export_hf && recipe->export_dtype == WEIGHTS_F32 ? "export.dtype"
+                                                                                 : NULL;
+    if (!key) return STATUS_OK;
+    FAIL(STATUS_USAGE,
+         "%s = f32: %d ranks share the fp32 weights and none has them whole; set it to bf16 (the "
+         "optimizer files of a checkpoint are fp32 in any case)",
+         key, world);
+}
+
 // --- Data -----------------------------------------------------------------------------------
 
 static Status fill_loader(const Recipe *recipe, const ModelConfig *config, DataConfig *out) {

@@ -278,6 +278,7 @@ fail:
 }
 
 void report_step(Report *report, const StepReport *step) {
+    if (!report) return;
     char line[CONSOLE_LINE_MAX];
     console_step_line(line, step, report->moe_layers);
     log_info("%s", line);
@@ -286,6 +287,7 @@ void report_step(Report *report, const StepReport *step) {
 }
 
 void report_eval(Report *report, int64_t step, const char *name, double loss, double targets) {
+    if (!report) return;
     log_info("step %" PRId64 " | evaluation (%s): loss %.4f | ppl %.4g | %.0f targets", step, name,
              loss, exp(loss), targets);
     if (!note_eval(report, name, step)) return;
@@ -302,6 +304,7 @@ void report_eval(Report *report, int64_t step, const char *name, double loss, do
 }
 
 void report_event(Report *report, int64_t step, const char *kind, const char *text) {
+    if (!report) return;
     json_t *record = new_record("event", step);
     json_object_set_new(record, "event", json_string(kind));
     // A text may quote bytes of a file that are no UTF-8.
@@ -312,6 +315,7 @@ void report_event(Report *report, int64_t step, const char *kind, const char *te
 
 void report_progress(Report *report, int64_t step, int64_t total_steps, double loss,
                      double tokens_per_second, double eta_seconds) {
+    if (!report) return;
     double now = clock_seconds();
     if (now - report->progress_time < PROGRESS_SECONDS) return;
     report->progress_time = now;

@@ -38,7 +38,8 @@ typedef struct StepReport {
 // (copied) says which layers have experts.
 Status report_open(const char *run_path, const ModelConfig *config, int64_t resume_step,
                    bool tensorboard, Report **out) NODISCARD;
-// A failing log disk is warned about once; training goes on.
+// A failing log disk is warned about once; training goes on. A NULL report, that of a rank which
+// does not report, takes everything and says nothing.
 void report_step(Report *report, const StepReport *step);
 // `name` says which evaluation it is ("start", "valid", "end"). A step and name that an earlier
 // attempt has recorded already are not recorded again.

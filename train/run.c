@@ -2,7 +2,8 @@
 //
 // The loop asks the same questions before every step: is an evaluation due, was a stop requested,
 // is a save due, are we there? Everything it needs to answer them is in the state that a checkpoint
-// holds, so an interrupted run and an uninterrupted one ask and answer the same.
+// holds, so an interrupted run and an uninterrupted one ask and answer the same. Several ranks run
+// this loop side by side; what only one of them can know they tell each other (run_ranks.c).
 #include "train/run.h"
 
 #include <inttypes.h>
@@ -34,7 +35,8 @@ static Status one_step(Trainer *t) {
 static Status train_loop(Trainer *t) {
     for (;;) {
         TRY(evaluate_if_due(t));
-        if (stop_requested() || t->state.step >= t->total_steps) return STATUS_OK;
+        TRY(ranks_agree_on_stop(t));
+        if (t->stop || t->state.step >= t->total_steps) return STATUS_OK;
         TRY(save_if_due(t));
         TRY(one_step(t));
         report_if_due(t);
@@ -45,13 +47,26 @@ static Status train_loop(Trainer *t) {
 static Status stopped(Trainer *t) {
     FAIL(STATUS_PREEMPTED,
          "stopped by %s at step %" PRId64 " of %" PRId64 "; the same command continues",
-         stop_signal_name(), t->state.step, t->total_steps);
+         t->stop_name, t->state.step, t->total_steps);
+}
+
+// A rank that fails by itself leaves the others waiting for it: they are told at once.
+static Status train_to_the_end(Trainer *t) {
+    Communicator *c = t->team.communicator;
+    Status status = train_loop(t);
+    if (status == STATUS_OK) status = save_finally(t);
+    if (status == STATUS_OK) status = ranks_agree_on_stop(t);
+    if (status != STATUS_OK && c) c->ops->abort(c);
+    return status;
 }
 
 static Status train(Trainer *t) {
-    TRY(resume_choose(t));
+    bool finished;
+    TRY(ranks_first_only(t, resume_choose));
+    TRY(ranks_share_resume(t));
     if (t->resume_step > 0) t->saved_step = t->resume_step;
-    if (!t->profile && run_is_finished(t)) {
+    TRY(ranks_share_finished(t, &finished));
+    if (finished) {
         log_info("step %" PRId64 " of %" PRId64 " is already reached and exported in %s; raise "
                  "train.steps or train.tokens to go on",
                  t->resume_step, t->total_steps, t->dir.path);
@@ -59,10 +74,10 @@ static Status train(Trainer *t) {
     }
     TRY(trainer_open(t));
     if (t->profile) return run_profile(t);
-    TRY(train_loop(t));
-    TRY(save_finally(t));
-    if (stop_requested()) return stopped(t);
-    return finish_run(t);
+    TRY(train_to_the_end(t));
+    if (t->stop) return stopped(t);
+    // The others have nothing left to do, and nobody waits for them.
+    return t->team.rank == 0 ? finish_run(t) : STATUS_OK;
 }
 
 // How the attempt ended, for schedulers. The failure itself is what the caller reports.
@@ -71,6 +86,7 @@ static void record_end(Trainer *t, Status code) {
                         : code == STATUS_PREEMPTED ? "preempted"
                                                    : "failed";
     StatusRecord record;
+    if (t->team.rank > 0) return;
     status_take(&record);
     int64_t step = t->saved_step > 0 ? t->saved_step : 0;
     if (rundir_status(&t->dir, state, step, code, code == STATUS_OK ? "" : record.message) !=
@@ -83,11 +99,25 @@ static void record_end(Trainer *t, Status code) {
 
 // A profile has a directory of its own, so that it can never come between a run and its
 // checkpoints.
-static Status open_directory(Trainer *t) {
+static Status open_own_directory(Trainer *t) {
     char name[RECIPE_TEXT_MAX], own[RECIPE_TEXT_MAX + sizeof PROFILE_SUFFIX];
     TRY(recipe_run_name(t->recipe, name, sizeof name));
     snprintf(own, sizeof own, "%s%s", name, t->profile ? PROFILE_SUFFIX : "");
     return rundir_open(&t->dir, t->recipe->run_directory, own);
+}
+
+static Status open_directory(Trainer *t) {
+    TRY(ranks_first_only(t, open_own_directory));
+    TRY(ranks_share_directory(t));
+    return io_path(t->checkpoints, "%s/checkpoints", t->dir.path);
+}
+
+static Status open_team(Trainer *t) {
+    Communicator *communicator = t->options->communicator;
+    TRY(team_open(t->backend, communicator, &t->team));
+    if (communicator) communicator->tree = t->recipe->parallel_pairwise;
+    if (t->team.rank > 0) log_lower();
+    return team_agree(&t->team, prepare_check_world(t->recipe, t->backend, t->team.world));
 }
 
 Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
@@ -98,24 +128,28 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     t->options = options;
     t->backend = backend;
     t->saved_step = t->saving_step = -1;
+    t->dir.lock_fd = -1;
     t->total_steps = recipe_steps(recipe);
     TRY_GOTO(recipe_print(recipe, &t->recipe_text), done);
     if (options->profile_steps > 0) {
         TRY_GOTO(profile_create(backend, &t->profile), done);
         t->backend = profile_backend(t->profile);
     }
+    TRY_GOTO(open_team(t), done);
     TRY_GOTO(open_directory(t), done);
     stop_signal_install();
-    status = io_path(t->checkpoints, "%s/checkpoints", t->dir.path);
-    if (status == STATUS_OK) status = train(t);
+    status = train(t);
     record_end(t, status);
     trainer_close(t);
     stop_signal_restore();
     rundir_close(&t->dir);
+    team_close(&t->team);
     profile_destroy(t->profile);
     free(t);
     return status;
 done:
+    rundir_close(&t->dir);
+    team_close(&t->team);
     profile_destroy(t->profile);
     free(t->recipe_text);
     free(t);

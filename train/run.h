@@ -6,6 +6,7 @@
 #include "base/memory_plan.h"
 #include "base/status.h"
 #include "data/loader.h"
+#include "model/communicator.h"
 #include "model/hf.h"
 #include "model/model.h"
 #include "model/source.h"
@@ -19,6 +20,9 @@ typedef struct RunOptions {
     ResumeMode resume;
     const char *resume_path; // RESUME_FROM: a checkpoint directory, or a run directory
     int64_t profile_steps;   // > 0: times that many steps and does nothing else (run_profile.c)
+    // Connects the ranks that train together, for the backend of the run; NULL: this process trains
+    // alone. Not owned. Its `tree` is set from the recipe.
+    Communicator *communicator;
 } RunOptions;
 
 // --- prepare.c: from a recipe to what the run works with ---------------------------------------
@@ -29,6 +33,9 @@ Status prepare_check_inputs(const Recipe *recipe) NODISCARD;
 
 Status prepare_backend(const Recipe *recipe, Backend **out) NODISCARD;
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) NODISCARD;
+// What a recipe asks for that `world` ranks cannot do: a batch that does not divide, fp32 files of
+// weights that no rank has whole.
+Status prepare_check_world(const Recipe *recipe, const Backend *backend, int world) NODISCARD;
 OptimizerOptions prepare_optimizer_options(const Recipe *recipe);
 
 // Opens the recipe's model (HF directory or random shape) and, when lfuc is enabled, measures,
@@ -57,8 +64,9 @@ Status prepare_only(const Recipe *recipe, StopAfter stop) NODISCARD;
 
 // --- dryrun.c ------------------------------------------------------------------------------------
 
-// Prints recipe, plan, parameters, memory per item, tokens and steps to stdout.
-Status dry_run(const Recipe *recipe) NODISCARD;
+// Prints recipe, plan, parameters, memory per item, tokens and steps to stdout; memory is that of
+// one of `ranks` processes that train together.
+Status dry_run(const Recipe *recipe, int ranks) NODISCARD;
 
 // --- run.c: everything from the lock to the export -----------------------------------------------
 

@@ -7,7 +7,6 @@
 #include "base/log.h"
 #include "model/export_check.h"
 #include "model/hf.h"
-#include "train/stop_signal.h"
 
 enum { RESULT_MAX_BYTES = 1 << 20 };
 
@@ -21,21 +20,26 @@ static const char *due_evaluation(const Trainer *t) {
     return every > 0 && step % every == 0 ? "valid" : NULL;
 }
 
-// The same windows in the same order each time. *done = false when a request to stop came between.
+// The same windows in the same order each time, shared out between the ranks, all of which make the
+// same number of micro-batches. *done = false when a request to stop came between.
 static Status run_pass(Trainer *t, bool *done) {
     MicroBatch batch;
+    double none[2] = {0, 0};
     bool more;
     *done = false;
+    if (t->traffic) TRY(traffic_settle(t->traffic));
     TRY(model_reset_sums(t->model));
     fixed_pass_rewind(t->valid);
     for (;;) {
-        if (stop_requested()) return STATUS_OK;
+        TRY(ranks_agree_on_stop(t));
+        if (t->stop) return STATUS_OK;
         TRY(fixed_pass_next(t->valid, &batch, &more));
         if (!more) break;
         TRY(model_forward(t->model, &batch));
     }
     *done = true;
-    return model_read_sums(t->model, &t->sums);
+    TRY(model_read_sums(t->model, &t->sums));
+    return sum_over_ranks(t, none);
 }
 
 Status evaluate_if_due(Trainer *t) {

@@ -60,6 +60,7 @@ Status run_profile(Trainer *t) {
     TRY(record(t, 1));
     TRY(record(t, count));
     log_transient("%s", "");
+    if (t->team.rank > 0) return STATUS_OK;
     profile_print(t->profile, &run, stdout);
     return write_profile(t, &run);
 }

@@ -5,21 +5,28 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include "base/log.h"
 #include "model/hf.h"
 #include "train/memory.h"
+#include "train/step_sums.h"
 
 static Status open_data(Trainer *t) {
     const Recipe *r = t->recipe;
     DatasetSummary summary;
     TRY(prepare_train_data(r, &t->config, &t->data));
+    t->data.loader.rank = t->team.rank;
+    t->data.loader.world = t->team.world;
     TRY(loader_open(&t->data.loader, t->resume_state ? &t->state.data : NULL, &t->loader));
     TRY(dataset_summary(t->data.loader.sources[0].directory, &summary));
     t->identity = (RunIdentity){.config = &t->config, .recipe_text = t->recipe_text};
     loader_fingerprint(t->loader, t->identity.data_fingerprint);
     memcpy(t->identity.tokenizer_id, summary.tokenizer_id, sizeof t->identity.tokenizer_id);
+    TRY(resume_check_data(t));
     if (!r->data_valid[0]) return STATUS_OK;
     TRY(prepare_valid_data(r, &t->config, &t->valid_data));
+    t->valid_data.loader.rank = t->team.rank;
+    t->valid_data.loader.world = t->team.world;
     return fixed_pass_open(&t->valid_data.loader, r->train_eval_sequences, &t->valid);
 }
 
@@ -40,27 +47,40 @@ static Status open_state(Trainer *t) {
 }
 
 // Weights from the checkpoint, else from the source, else random.
-static Status fill_model(Trainer *t, TensorSource *source) {
+static Status fill_model(Trainer *t) {
     if (t->resume_state) {
         TRY(checkpoint_load(t->resume_path, t->model, t->optimizer));
         t->optimizer->updates = t->state.updates;
         return STATUS_OK;
     }
-    if (source) return model_load(t->model, source);
+    if (t->source) return model_load(t->model, t->source);
     return model_init_random(t->model, (uint64_t)t->recipe->run_seed,
                              (float)t->recipe->model_init_std);
 }
 
-static Status open_model(Trainer *t, TensorSource *source) {
+static Status open_sums(Trainer *t) {
+    TRY(model_sums_create(t->model, &t->sums));
+    const int64_t count = step_sums_count(&t->sums, t->config.num_layers);
+    t->row = calloc((size_t)count, sizeof *t->row);
+    if (!t->row) FAIL(STATUS_INTERNAL, "out of memory for the sums of a step");
+    if (!t->recipe->parallel_pairwise) return STATUS_OK;
+    return pairwise_create(t->model, loader_micro_batches(&t->data.loader), count, &t->pairwise);
+}
+
+static Status open_model(Trainer *t) {
     const Recipe *r = t->recipe;
     ModelOptions model_options;
     OptimizerOptions options = prepare_optimizer_options(r);
+    TRY(memory_check(r, t->backend, &t->config, t->team.world));
     TRY(prepare_model_options(r, true, &model_options));
+    model_options.ranks = t->team.world;
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
     INVARIANT(model_sums_stride(t->model) == t->state.stride);
-    TRY(model_sums_create(t->model, &t->sums));
-    TRY(optimizer_create(t->model, &options, &t->optimizer));
-    return fill_model(t, source);
+    TRY(open_sums(t));
+    if (t->team.world > 1)
+        TRY(traffic_create(t->team.communicator, t->model, r->parallel_bucket_bytes, &t->traffic));
+    TRY(optimizer_create(t->model, &options, t->traffic, &t->optimizer));
+    return fill_model(t);
 }
 
 // Every interval and the end.
@@ -69,14 +89,19 @@ static int64_t saves_to_come(const Trainer *t) {
     return 1 + (every > 0 ? left / every : 0);
 }
 
-static Status open_checkpoints(Trainer *t) {
+static CheckpointOptions checkpoint_options(const Trainer *t) {
     const Recipe *r = t->recipe;
-    CheckpointOptions options = {.directory = t->checkpoints,
-                                 .keep_last = r->checkpoint_keep_last,
-                                 .keep_every = r->checkpoint_keep_every,
-                                 .dtype =
-                                     r->checkpoint_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16};
-    TRY(checkpoint_check_space(&options, &t->model->table, saves_to_come(t)));
+    return (CheckpointOptions){.directory = t->checkpoints,
+                               .keep_last = r->checkpoint_keep_last,
+                               .keep_every = r->checkpoint_keep_every,
+                               .dtype = r->checkpoint_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16,
+                               .rank = t->team.rank,
+                               .world = t->team.world,
+                               .tag = t->save_tag};
+}
+
+static Status open_checkpoints(Trainer *t) {
+    CheckpointOptions options = checkpoint_options(t);
     return checkpoint_writer_create(t->model, t->optimizer, &options, &t->writer);
 }
 
@@ -86,9 +111,22 @@ static Status write_resolved_recipe(const Trainer *t) {
     return io_write_file_atomic(path, t->recipe_text, strlen(t->recipe_text));
 }
 
+// What rank 0 alone does before the first step.
+static Status open_outputs(Trainer *t) {
+    CheckpointOptions options = checkpoint_options(t);
+    TRY(resume_set_aside(t));
+    if (!t->profile) TRY(checkpoint_check_space(&options, &t->model->table, saves_to_come(t)));
+    TRY(write_resolved_recipe(t));
+    return report_open(t->dir.path, &t->config, t->resume_step, t->recipe->report_tensorboard,
+                       &t->report);
+}
+
 static void say_what_starts(const Trainer *t) {
     const TensorTable *table = &t->model->table;
     log_info("device: %s, %s", t->backend->device_name, dtype_name(t->backend->compute_dtype));
+    if (t->team.world > 1)
+        log_info("ranks: %d, each with 1/%d of AdamW's state in %d buckets", t->team.world,
+                 t->team.world, t->optimizer->partition->count);
     log_info("model: %d layers, %.4g M parameters, %.4g M active per token", t->config.num_layers,
              (double)table->parameters / 1e6, (double)table->active_parameters / 1e6);
     if (t->resume_state)
@@ -99,35 +137,47 @@ static void say_what_starts(const Trainer *t) {
                  recipe_tokens_per_step(t->recipe));
 }
 
-Status trainer_open(Trainer *t) {
-    Status status = STATUS_OK;
-    const Recipe *r = t->recipe;
-    TensorSource *source = NULL;
+static Status open_recipe(Trainer *t) {
     TRY(resume_check_recipe(t));
-    TRY(resume_start_anew(t));
-    TRY(prepare_model(r, t->backend, &t->dir, &t->config, &source));
-    if (r->export_hf) TRY_GOTO(hf_check_writable(&t->config), done);
-    TRY_GOTO(resume_check_config(t), done);
-    TRY_GOTO(open_state(t), done);
-    TRY_GOTO(open_data(t), done);
-    TRY_GOTO(resume_check_data(t), done);
-    TRY_GOTO(memory_check(r, t->backend, &t->config), done);
-    TRY_GOTO(open_model(t, source), done);
-    TRY_GOTO(resume_set_aside(t), done);
-    if (!t->profile) TRY_GOTO(open_checkpoints(t), done);
-    TRY_GOTO(write_resolved_recipe(t), done);
-    TRY_GOTO(
-        report_open(t->dir.path, &t->config, t->resume_step, r->report_tensorboard, &t->report),
-        done);
+    return resume_start_anew(t);
+}
+
+// The plan is measured by rank 0; the others find it in the run directory.
+static Status open_config(Trainer *t) {
+    TRY(prepare_model(t->recipe, t->backend, &t->dir, &t->config, &t->source));
+    if (t->recipe->export_hf) TRY(hf_check_writable(&t->config));
+    TRY(resume_check_config(t));
+    return open_state(t);
+}
+
+static Status open_all(Trainer *t) {
+    TRY(ranks_first_only(t, open_recipe));
+    TRY(ranks_in_turn(t, open_config));
+    TRY(ranks_in_turn(t, open_data)); // rank 0 verifies shards, the others find that done
+    TRY(ranks_compare_data(t));
+    TRY(ranks_together(t, open_model));
+    TRY(ranks_first_only(t, open_outputs));
+    t->save_tag = (long)getpid();
+    TRY(team_broadcast(&t->team, &t->save_tag, sizeof t->save_tag));
+    if (!t->profile) TRY(ranks_together(t, open_checkpoints));
+    return STATUS_OK;
+}
+
+Status trainer_open(Trainer *t) {
+    Status status = open_all(t);
+    source_close(t->source);
+    t->source = NULL;
+    TRY(status);
     say_what_starts(t);
-done:
-    source_close(source);
-    return status;
+    return STATUS_OK;
 }
 
 void trainer_close(Trainer *t) {
     checkpoint_writer_destroy(t->writer);
     optimizer_destroy(t->optimizer);
+    traffic_destroy(t->traffic);
+    pairwise_destroy(t->pairwise);
+    free(t->row);
     if (t->model) model_sums_free(&t->sums);
     model_destroy(t->model);
     if (t->valid) fixed_pass_close(t->valid);

@@ -9,6 +9,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "train/router_stats.h"
+#include "train/step_sums.h"
 
 typedef struct StepLosses {
     double cross_entropy, balance, z;
@@ -16,32 +17,100 @@ typedef struct StepLosses {
     double norm;  // of the gradients
 } StepLosses;
 
+static Status micro_batch(Trainer *t, const StepBatch *batch, int i, const LossWeights *weights) {
+    // Sums of pairs are complete only once all micro-batches have been added.
+    bool last = i == batch->num_micro - 1 && !t->pairwise;
+    t->model->hooks = t->traffic ? traffic_hooks(t->traffic, i == 0, last) : NULL;
+    Status status = model_forward_backward(t->model, &batch->micro[i], weights);
+    t->model->hooks = NULL;
+    return status;
+}
+
+// Gradients and sums of each micro-batch by themselves, added up in pairs.
+static Status run_in_pairs(Trainer *t, const StepBatch *batch, const LossWeights *weights) {
+    const int layers = t->config.num_layers;
+    double none[2] = {0, 0};
+    for (int i = 0; i < batch->num_micro; i++) {
+        TRY(model_zero_gradients(t->model));
+        TRY(model_reset_sums(t->model));
+        TRY(micro_batch(t, batch, i, weights));
+        TRY(model_read_sums(t->model, &t->sums));
+        step_sums_pack(&t->sums, layers, none, t->row);
+        TRY(pairwise_add(t->pairwise, t->row));
+    }
+    TRY(pairwise_finish(t->pairwise, t->row));
+    step_sums_unpack(t->row, layers, &t->sums, none);
+    return STATUS_OK;
+}
+
+static Status run_one_by_one(Trainer *t, const StepBatch *batch, const LossWeights *weights) {
+    TRY(model_zero_gradients(t->model));
+    TRY(model_reset_sums(t->model));
+    for (int i = 0; i < batch->num_micro; i++) TRY(micro_batch(t, batch, i, weights));
+    return model_read_sums(t->model, &t->sums);
+}
+
+// Leaves this rank's sums in t->sums, and in the gradients that it owns the sums over all ranks.
 static Status forward_backward(Trainer *t, const StepBatch *batch) {
     const Recipe *r = t->recipe;
+    double targets = (double)batch->valid_targets;
+    TRY(team_sum(&t->team, &targets, 1));
     LossWeights weights = {
-        .target_count = batch->valid_targets > 0 ? (double)batch->valid_targets : 1.0,
+        .target_count = targets > 0 ? targets : 1.0,
         .token_count = (double)recipe_tokens_per_step(r),
         .balance = r->router_balance_weight,
         .z = r->router_z_weight,
         .balance_micro = r->router_balance == BALANCE_MICRO,
     };
-    TRY(model_zero_gradients(t->model));
-    TRY(model_reset_sums(t->model));
     TRY(model_set_load(t->model, t->state.load));
     if (r->router_balance_bias) TRY(model_set_selection_bias(t->model, t->state.bias));
-    for (int i = 0; i < batch->num_micro; i++)
-        TRY(model_forward_backward(t->model, &batch->micro[i], &weights));
-    return model_read_sums(t->model, &t->sums);
+    if (t->pairwise)
+        TRY(run_in_pairs(t, batch, &weights));
+    else
+        TRY(run_one_by_one(t, batch, &weights));
+    return t->traffic ? traffic_reduce(t->traffic) : STATUS_OK;
 }
 
+Status sum_over_ranks(Trainer *t, double gradient[2]) {
+    const int layers = t->config.num_layers;
+    if (t->team.world == 1) return STATUS_OK;
+    step_sums_pack(&t->sums, layers, gradient, t->row);
+    TRY(team_sum(&t->team, t->row, step_sums_count(&t->sums, layers)));
+    step_sums_unpack(t->row, layers, &t->sums, gradient);
+    return STATUS_OK;
+}
+
+// Block by block over all ranks, then in the order of the arena.
+static Status sum_blocks(Trainer *t, double gradient[2]) {
+    const int64_t count = pairwise_blocks(t->pairwise);
+    double(*blocks)[2] = calloc((size_t)count, sizeof *blocks);
+    if (!blocks) FAIL(STATUS_INTERNAL, "out of memory for %" PRId64 " block sums", count);
+    Status status = pairwise_block_sums(t->pairwise, t->optimizer, blocks);
+    if (status == STATUS_OK) status = team_sum(&t->team, &blocks[0][0], 2 * count);
+    gradient[0] = gradient[1] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        gradient[0] += blocks[i][0];
+        gradient[1] += blocks[i][1];
+    }
+    free(blocks);
+    return status;
+}
+
+// All that decides whether the step counts goes through one sum over the ranks, so that all ranks
+// decide the same: a NaN on one is a NaN on all.
 static Status measure(Trainer *t, StepLosses *out) {
     const ModelSums *sums = &t->sums;
+    double gradient[2];
+    TRY(optimizer_gradient_sums(t->optimizer, gradient));
+    TRY(sum_over_ranks(t, gradient));
+    if (t->pairwise) TRY(sum_blocks(t, gradient));
     out->balance = router_balance(&t->config, sums);
     out->z = router_z(&t->config, sums);
     out->cross_entropy = sums->loss_count > 0 ? sums->loss_sum / sums->loss_count : 0;
     out->total = out->cross_entropy + t->recipe->router_balance_weight * out->balance +
                  t->recipe->router_z_weight * out->z;
-    return optimizer_gradient_norm(t->optimizer, &out->norm);
+    out->norm = optimizer_norm(gradient);
+    return STATUS_OK;
 }
 
 // The latest kept global batch decides f_i of the next one, and moves the selection bias
@@ -81,7 +150,7 @@ static Status skip(Trainer *t, const StepBatch *batch, SkipReason reason,
     snprintf(text, sizeof text,
              "%s: loss %.6g, gradient norm %.6g, samples %" PRIu64 " to %" PRIu64 ", %d in a row",
              skip_reason_name(reason), losses->total, losses->norm, first, last, rule->in_a_row);
-    log_warn("step %" PRId64 " skipped, %s", step, text);
+    if (t->team.rank == 0) log_warn("step %" PRId64 " skipped, %s", step, text);
     report_event(t->report, step, "skip", text);
     if (!skip_rule_exhausted(rule)) return STATUS_OK;
     uint64_t row = (uint64_t)(rule->in_a_row - 1) * (uint64_t)samples;

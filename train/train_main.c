@@ -168,7 +168,7 @@ static Status load(Arguments *arguments, Recipe *recipe) {
 
 static Status execute(Arguments *arguments, Recipe *recipe) {
     TRY(load(arguments, recipe));
-    if (arguments->dry_run) return dry_run(recipe);
+    if (arguments->dry_run) return dry_run(recipe, 1);
     if (arguments->plan_only) return prepare_only(recipe, STOP_AFTER_PLAN);
     if (arguments->surgery_only) return prepare_only(recipe, STOP_AFTER_SURGERY);
     return run_training(recipe, &arguments->run);

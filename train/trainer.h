@@ -2,6 +2,7 @@
 //   run.c          from the lock to the exit code
 //   run_resume.c   which checkpoint to continue, and whether it may be continued
 //   run_setup.c    opens model, data, optimizer, writer and report
+//   run_ranks.c    what ranks that train together agree on at the start and between steps
 //   run_step.c     one optimizer step
 //   run_save.c     checkpoints in the background and what their failures mean
 //   run_finish.c   evaluation, export, the last line
@@ -16,12 +17,15 @@
 #include "data/loader.h"
 #include "model/model.h"
 #include "optim/optimizer.h"
+#include "optim/pairwise.h"
 #include "optim/schedule.h"
+#include "optim/traffic.h"
 #include "train/checkpoint.h"
 #include "train/profile.h"
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
+#include "train/team.h"
 
 #define RESULT_NAME    "result.json" // <run>/result.json: written when everything is done
 #define PROFILE_SUFFIX "-profile"    // of the run's name with --profile
@@ -31,7 +35,8 @@ typedef struct Trainer {
     const RunOptions *options;
     Backend *backend; // not owned; with --profile the profile's
     Profile *profile; // NULL without --profile
-    RunDir dir;
+    Team team;        // the ranks that train together; rank 0 alone writes what is not a slice
+    RunDir dir;       // locked by rank 0
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 
@@ -42,22 +47,30 @@ typedef struct Trainer {
     json_t *resume_state;
 
     ModelConfig config;
+    TensorSource *source; // of the weights, until they are loaded; NULL = random
     Model *model;
+    Traffic *traffic;   // NULL with one rank
+    Pairwise *pairwise; // NULL without parallel.pairwise
     Optimizer *optimizer;
     DataConfig data, valid_data;
     Loader *loader;
     FixedPass *valid; // NULL = no held-out shards
     CheckpointWriter *writer;
-    Report *report;
+    Report *report; // NULL on ranks other than 0
     Schedule schedule;
     int64_t total_steps;
     RunIdentity identity; // points into this struct
 
     RunState state;
-    ModelSums sums;                         // of the latest step or evaluation
+    ModelSums sums;                         // of the latest step or evaluation, over all ranks
+    double *row;                            // the same as a row (train/step_sums.h)
+    bool stop;                              // some rank was asked to, and all know
+    char stop_name[16];                     // by which signal
     bool unsaved;                           // state has moved since the latest save began
     int64_t saved_step;                     // newest step with a complete checkpoint; -1 = none
     int64_t saving_step;                    // of the save in flight; -1 = none
+    bool publishing;                        // several ranks: all have written, rank 0 publishes
+    long save_tag;                          // CheckpointOptions.tag
     int failed_saves;                       // in a row
     StatusRecord save_failure;              // the newest
     double interval_seconds, interval_wait; // this attempt's part of the interval
@@ -75,6 +88,22 @@ Status resume_start_anew(const Trainer *t) NODISCARD;
 // --resume DIR: the run's checkpoints that DIR does not lead to are moved aside.
 Status resume_set_aside(const Trainer *t) NODISCARD;
 
+// run_ranks.c
+// Runs one part of the start-up: on all ranks at once; on rank 0, then on the others, which find
+// what it left; on rank 0 alone. All fail when one does (team_agree).
+typedef Status (*TrainerPart)(Trainer *t);
+Status ranks_together(Trainer *t, TrainerPart part) NODISCARD;
+Status ranks_in_turn(Trainer *t, TrainerPart part) NODISCARD;
+Status ranks_first_only(Trainer *t, TrainerPart part) NODISCARD;
+// Rank 0's run directory, choice of a checkpoint and answer to run_is_finished, known to all.
+Status ranks_share_directory(Trainer *t) NODISCARD;
+Status ranks_share_resume(Trainer *t) NODISCARD;
+Status ranks_share_finished(Trainer *t, bool *finished) NODISCARD;
+// Whether any rank has other training shards than rank 0: fails on those that have.
+Status ranks_compare_data(Trainer *t) NODISCARD;
+// Sets t->stop when any rank has been asked to stop.
+Status ranks_agree_on_stop(Trainer *t) NODISCARD;
+
 // run_setup.c
 Status trainer_open(Trainer *t) NODISCARD;
 void trainer_close(Trainer *t);
@@ -82,6 +111,8 @@ void trainer_close(Trainer *t);
 // run_step.c
 Status train_step(Trainer *t) NODISCARD;
 void report_interval(Trainer *t);
+// t->sums and the sums of the gradients that this rank owns become those of all ranks.
+Status sum_over_ranks(Trainer *t, double gradient[2]) NODISCARD;
 
 // run_save.c
 // Starts a save of the present state; collects the one before first.

@@ -1,0 +1,81 @@
+// Cutting the arena (partition.h says into what).
+//
+// Every cut is a multiple of the unit, world * TENSOR_ALIGN elements, counted from the beginning of
+// the body or of the routers, so that every bucket divides and every part begins where the vector
+// units and NCCL like it. The vectors' bucket begins at the last such multiple before them.
+#include "optim/partition.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int64_t at_most(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static void add(Partition *partition, int64_t begin, int64_t end) {
+    Bucket *bucket = &partition->buckets[partition->count++];
+    *bucket = (Bucket){
+        .begin = begin, .part = (end - begin) / partition->world, .state = partition->owned};
+    partition->owned += bucket->part;
+}
+
+// Everything in two buckets, in any length.
+static void own_all(const TensorTable *table, Partition *out) {
+    add(out, 0, table->router_begin);
+    out->vectors = 0;
+    if (table->total > table->router_begin) add(out, table->router_begin, table->total);
+}
+
+// Whole buckets are counted from the end of the matrices, where the backward pass begins; what is
+// left over is the bucket at the beginning.
+static void cut(const TensorTable *table, int64_t unit, int64_t length, Partition *out) {
+    const int64_t vectors = table->vectors_begin / unit * unit;
+    int64_t begin = 0, left = vectors % length;
+    if (left > 0) add(out, 0, left);
+    for (begin = left; begin < vectors; begin += length) add(out, begin, begin + length);
+    out->vectors = out->count;
+    add(out, vectors, table->router_begin);
+    for (begin = table->router_begin; begin < table->total;) {
+        int64_t end = begin + at_most(length, table->total - begin);
+        add(out, begin, end);
+        begin = end;
+    }
+}
+
+Status partition_create(const TensorTable *table, int rank, int world, int64_t bucket_elements,
+                        Partition *out) {
+    const int64_t unit = (int64_t)world * TENSOR_ALIGN, tail = table->total - table->router_begin;
+    INVARIANT(world >= 1 && rank >= 0 && rank < world && bucket_elements >= 1);
+    *out = (Partition){.rank = rank, .world = world};
+    const int64_t length = bucket_elements < unit ? unit : bucket_elements / unit * unit;
+    size_t most = 4 + (size_t)(table->router_begin / length) + (size_t)(tail / length);
+    out->buckets = malloc(most * sizeof *out->buckets);
+    if (!out->buckets) FAIL(STATUS_INTERNAL, "out of memory for %zu buckets", most);
+    if (world == 1) {
+        own_all(table, out);
+        return STATUS_OK;
+    }
+    INVARIANT(table->router_begin % unit == 0 && tail % unit == 0);
+    cut(table, unit, length, out);
+    INVARIANT((size_t)out->count <= most && out->owned * world == table->total);
+    return STATUS_OK;
+}
+
+void partition_free(Partition *partition) {
+    free(partition->buckets);
+    memset(partition, 0, sizeof *partition);
+}
+
+int64_t partition_begin(const Partition *partition, int bucket) {
+    const Bucket *b = &partition->buckets[bucket];
+    return b->begin + partition->rank * b->part;
+}
+
+int partition_order(const Partition *partition, int n) {
+    return n < partition->vectors ? partition->vectors - 1 - n : n;
+}
+
+bool partition_is_final(const Partition *partition, int bucket, int64_t from) {
+    if (from == 0) return true;
+    return bucket < partition->vectors && partition->buckets[bucket].begin >= from;
+}

@@ -1,0 +1,549 @@
+// Several ranks train one model: the same losses and weights as one, to the bit where the sums have
+// one order, through kills, full disks, bad numbers and other numbers of ranks.
+#include "tests/ranks.h"
+#include "tests/tiny_run.h"
+
+#include <math.h>
+#include "model/config.h"
+#include "train/checkpoint_slices.h"
+
+enum { ALL_RANKS = -1 };
+
+// What the ranks of a test run, and what one of them has done to it.
+typedef struct Job {
+    Recipe recipe;
+    RunOptions options;
+    int victim; // the rank that `hook` and `train` are for; ALL_RANKS for none
+    IoHook hook;
+    void *context;
+    Status (*train)(const Recipe *, const RunOptions *);
+} Job;
+
+static const CommunicatorOptions comm_options = {.timeout_seconds = 30};
+
+static Status run_rank(Communicator *communicator, void *context) {
+    Job *job = context;
+    bool victim = communicator->rank == job->victim;
+    RunOptions options = job->options;
+    options.communicator = communicator;
+    if (victim && job->hook) io_set_hook(job->hook, job->context);
+    Status status = (victim && job->train ? job->train : run_training)(&job->recipe, &options);
+    io_set_hook(NULL, NULL);
+    return status;
+}
+
+static Job job_of(Recipe recipe) {
+    // Many buckets, also in a model this small.
+    tiny_set(&recipe, "parallel.bucket_bytes=4096");
+    return (Job){.recipe = recipe, .victim = ALL_RANKS};
+}
+
+static void run_ok(int world, Job *job) {
+    if (world == 1)
+        expect_exit(&job->recipe, NULL, STATUS_OK);
+    else
+        ranks_expect_ok(world, &comm_options, run_rank, job);
+}
+
+// A recipe of four micro-batches a step, on `world` ranks.
+static void run_named(const char *name, int world, bool pairwise) {
+    Job job = job_of(tiny_moe_recipe(name));
+    tiny_set(&job.recipe, "train.micro_batch=1");
+    tiny_set(&job.recipe, "checkpoint.dtype=f32");
+    tiny_set(&job.recipe, "parallel.pairwise=%s", pairwise ? "true" : "false");
+    run_ok(world, &job);
+}
+
+// --- Comparing runs of different worlds ----------------------------------------------------------
+
+typedef struct Slices {
+    json_t *state;
+    ModelConfig config;
+    TensorTable table;
+    SliceSet set;
+} Slices;
+
+static int64_t open_newest(const char *name, Slices *out) {
+    char path[IO_PATH_MAX];
+    json_t *config;
+    int64_t step;
+    ck_assert_ok(checkpoint_find(tiny_run_path(name, "checkpoints"), &step, path));
+    ck_assert_msg(step >= 0, "%s has no checkpoint", name);
+    ck_assert_ok(checkpoint_read_state(path, &out->state));
+    ck_assert_ok(json_get_object(out->state, path, "config", &config));
+    ck_assert_ok(config_from_canonical(config, path, &out->config));
+    ck_assert_ok(tensor_table_build(&out->config, &out->table));
+    ck_assert_ok(slices_open(path, &out->table, &out->set));
+    return step;
+}
+
+static void close_slices(Slices *s) {
+    slices_close(&s->set);
+    tensor_table_free(&s->table);
+    json_decref(s->state);
+}
+
+// The largest difference between weights, m and v of the newest checkpoints, relative to the
+// largest value of the tensor.
+static double state_difference(const char *a, const char *b) {
+    Slices x, y;
+    double worst = 0;
+    ck_assert_int_eq(open_newest(a, &x), open_newest(b, &y));
+    for (int i = 0; i < x.table.count; i++) {
+        const Tensor *tensor = &x.table.tensors[i];
+        size_t bytes = (size_t)tensor->count * sizeof(float);
+        float *p = malloc(bytes), *q = malloc(bytes);
+        ck_assert(p && q);
+        for (int kind = 0; kind < SLICE_KINDS; kind++) {
+            double largest = 0, difference = 0;
+            ck_assert_ok(slices_read(&x.set, (SliceKind)kind, tensor, 0, tensor->count, p));
+            ck_assert_ok(
+                slices_read(&y.set, (SliceKind)kind, &y.table.tensors[i], 0, tensor->count, q));
+            for (int64_t j = 0; j < tensor->count; j++) {
+                largest = fmax(largest, fabs((double)p[j]));
+                difference = fmax(difference, fabs((double)p[j] - (double)q[j]));
+            }
+            // Equal bits, also of zeros: a difference of values would not see their sign.
+            if (memcmp(p, q, bytes) == 0) continue;
+            ck_assert_msg(largest > 0, "%s of %s is all zeros", tensor->name, a);
+            worst = fmax(worst, fmax(difference / largest, 1e-30));
+        }
+        free(p);
+        free(q);
+    }
+    // The same samples have been used, whoever used them.
+    ck_assert(json_equal(json_object_get(json_object_get(x.state, "data"), "consumed"),
+                         json_object_get(json_object_get(y.state, "data"), "consumed")));
+    close_slices(&x);
+    close_slices(&y);
+    return worst;
+}
+
+// Largest relative difference of the losses of two logs with the same records.
+static double loss_difference(const char *a, const char *b, const char *kind) {
+    json_t *x = tiny_log(a, kind), *y = tiny_log(b, kind), *record;
+    size_t index;
+    double worst = 0;
+    ck_assert_uint_gt(json_array_size(x), 0);
+    ck_assert_uint_eq(json_array_size(x), json_array_size(y));
+    json_array_foreach(x, index, record) {
+        const json_t *other = json_array_get(y, index);
+        double p = json_number_value(json_object_get(record, "loss"));
+        double q = json_number_value(json_object_get(other, "loss"));
+        ck_assert(json_equal(json_object_get(record, "step"), json_object_get(other, "step")));
+        ck_assert(p > 0 && q > 0);
+        worst = fmax(worst, fabs(p - q) / p);
+    }
+    json_decref(x);
+    json_decref(y);
+    return worst;
+}
+
+static void expect_same_bits(const char *a, const char *b) {
+    char x[HASH_HEX_SIZE], y[HASH_HEX_SIZE];
+    expect_same_log(a, b, "step");
+    ck_assert_int_eq(tiny_newest(a, "model.safetensors", x),
+                     tiny_newest(b, "model.safetensors", y));
+    ck_assert_msg(strcmp(x, y) == 0, "the weights of %s and %s differ", a, b);
+    ck_assert(state_difference(a, b) == 0);
+    // Evaluations are summed in another order, in double.
+    ck_assert_double_lt(loss_difference(a, b, "eval"), 1e-12);
+}
+
+// --- Equality ------------------------------------------------------------------------------------
+
+START_TEST(one_two_and_four_ranks_give_the_same_bits) {
+    tiny_prepare();
+    run_named("one", 1, true);
+    run_named("two", 2, true);
+    run_named("four", 4, true);
+    expect_same_bits("one", "two");
+    expect_same_bits("one", "four");
+    // Summing in pairs is a choice: without it the order, and so the bits, are others.
+    run_named("plain", 1, false);
+    ck_assert(state_difference("one", "plain") > 0);
+    ck_assert_double_lt(loss_difference("one", "plain", "step"), 1e-4);
+}
+END_TEST
+
+// Selection bias, micro balance, z-loss, document masks with their uneven targets, moments in bf16.
+START_TEST(every_option_gives_the_same_bits) {
+    tiny_prepare();
+    for (int variant = 0; variant < 3; variant++) {
+        char names[2][32];
+        for (int i = 0; i < 2; i++) {
+            snprintf(names[i], sizeof names[i], "option%d_%d", variant, i);
+            Job job = job_of(tiny_moe_recipe(names[i]));
+            tiny_set(&job.recipe, "train.micro_batch=1");
+            tiny_set(&job.recipe, "train.steps=12");
+            tiny_set(&job.recipe, "parallel.pairwise=true");
+            job.recipe.export_hf = variant != 0; // a selection bias has no Hugging Face form
+            if (variant == 0) tiny_set(&job.recipe, "router.balance_bias=true");
+            if (variant == 0) tiny_set(&job.recipe, "data.mask_documents=true");
+            if (variant == 1) tiny_set(&job.recipe, "router.balance=micro");
+            if (variant == 1) tiny_set(&job.recipe, "router.z_weight=1e-3");
+            if (variant == 1) tiny_set(&job.recipe, "train.recompute=layer");
+            if (variant == 2) tiny_set(&job.recipe, "optim.state_dtype=bf16");
+            if (variant == 2) tiny_set(&job.recipe, "optim.clip_norm=0.1");
+            run_ok(i ? 4 : 1, &job);
+        }
+        expect_same_bits(names[0], names[1]);
+    }
+}
+END_TEST
+
+static Job job_of_twelve(const char *name) {
+    Job job = job_of(tiny_moe_recipe(name));
+    tiny_set(&job.recipe, "train.micro_batch=1");
+    tiny_set(&job.recipe, "train.global_batch=12");
+    tiny_set(&job.recipe, "optim.schedule=constant");
+    tiny_set(&job.recipe, "train.log_every=10");
+    return job;
+}
+
+// Three ranks own parts of which no tensor's size is a multiple; sums have another order.
+START_TEST(other_numbers_of_ranks_agree_within_rounding) {
+    static const int worlds[] = {2, 3, 6};
+    tiny_prepare();
+    Job alone = job_of_twelve("alone");
+    run_ok(1, &alone);
+    for (int i = 0; i < 3; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "world%d", worlds[i]);
+        Job job = job_of_twelve(name);
+        run_ok(worlds[i], &job);
+        // fp32 sums of 12 gradients differ by 1e-7 of them; 40 steps of AdamW and the choices of
+        // experts that they decide make more of it.
+        ck_assert_double_lt(loss_difference("alone", name, "step"), 1e-4);
+        ck_assert_double_lt(loss_difference("alone", name, "eval"), 1e-4);
+        ck_assert(state_difference("alone", name) > 0);
+    }
+}
+END_TEST
+
+// --- Other numbers of ranks on the way -----------------------------------------------------------
+
+START_TEST(resumes_with_any_number_of_ranks) {
+    static const int worlds[] = {4, 2, 3, 1};
+    char hex[HASH_HEX_SIZE];
+    tiny_prepare();
+    Job whole = job_of_twelve("whole");
+    run_ok(1, &whole);
+    for (int i = 0; i < 4; i++) {
+        char file[64];
+        Job job = job_of_twelve("changing");
+        tiny_set(&job.recipe, "train.steps=%d", (i + 1) * TINY_STEPS / 4);
+        run_ok(worlds[i], &job);
+        ck_assert_ok(slices_file_name(worlds[i] - 1, worlds[i], file));
+        ck_assert_int_eq(tiny_newest("changing", file, hex), (i + 1) * TINY_STEPS / 4);
+    }
+    ck_assert_double_lt(loss_difference("whole", "changing", "step"), 1e-4);
+    ck_assert_double_lt(state_difference("whole", "changing"), 0.05); // and the same samples
+}
+END_TEST
+
+START_TEST(resumes_with_the_same_bits_where_sums_have_one_order) {
+    static const int worlds[] = {4, 1, 2};
+    tiny_prepare();
+    for (int i = 0; i < 4; i++) {
+        Job job = job_of(tiny_moe_recipe(i < 3 ? "changing" : "whole"));
+        tiny_set(&job.recipe, "train.micro_batch=1");
+        tiny_set(&job.recipe, "optim.schedule=constant");
+        tiny_set(&job.recipe, "parallel.pairwise=true");
+        tiny_set(&job.recipe, "train.steps=%d", i < 3 ? 8 * (i + 1) : 24);
+        tiny_set(&job.recipe, "train.log_every=8");
+        run_ok(i < 3 ? worlds[i] : 1, &job);
+    }
+    ck_assert(state_difference("whole", "changing") == 0);
+    expect_same_log("whole", "changing", "step");
+}
+END_TEST
+
+// --- Faults --------------------------------------------------------------------------------------
+
+typedef struct Trigger {
+    long number, calls; // acts at this operation of the process, counted from 1
+    int signal;
+    pid_t run;
+} Trigger;
+
+static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
+    Trigger *trigger = context;
+    (void)op, (void)path, (void)bytes;
+    if (trigger->run == 0) trigger->run = getpid();
+    if (trigger->run != getpid()) return 0; // a process that checks a shard
+    if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) == trigger->number)
+        kill(getpid(), trigger->signal);
+    return 0;
+}
+
+// To the end, as a scheduler would.
+static void finish(int world, Job *job) {
+    for (int attempt = 0;; attempt++) {
+        ck_assert_int_lt(attempt, 3);
+        ranks_start(world, &comm_options, run_rank, job);
+        ranks_join(world);
+        // Three deaths before the first checkpoint are a crash loop, and said so once.
+        if (rank_results_[0].status != STATUS_NO_PROGRESS) break;
+    }
+    for (int r = 0; r < world; r++)
+        ck_assert_msg(rank_results_[r].status == STATUS_OK, "rank %d: %d %s", r,
+                      rank_results_[r].status, rank_results_[r].message);
+}
+
+static void expect_same_run_of(int world, const char *a, const char *b) {
+    char file[64], x[HASH_HEX_SIZE], y[HASH_HEX_SIZE];
+    expect_same_log(a, b, "step");
+    expect_same_log(a, b, "eval");
+    for (int r = 0; r < world; r++) {
+        ck_assert_ok(slices_file_name(r, world, file));
+        ck_assert_int_eq(tiny_newest(a, file, x), tiny_newest(b, file, y));
+        ck_assert_msg(strcmp(x, y) == 0, "%s of %s and %s differ", file, a, b);
+    }
+}
+
+START_TEST(a_killed_rank_ends_all_and_the_same_command_continues) {
+    tiny_prepare();
+    Job whole = job_of(tiny_moe_recipe("whole"));
+    run_ok(2, &whole);
+    int killed = 0;
+    for (uint64_t round = 0; round < 10; round++) {
+        char name[32];
+        snprintf(name, sizeof name, "killed%d", (int)round);
+        Job job = job_of(tiny_moe_recipe(name));
+        Trigger trigger = {.number = 30 + (long)(random_u64(5, 1, round) % 500), .signal = SIGKILL};
+        job.victim = (int)(round % 2);
+        job.hook = on_operation;
+        job.context = &trigger;
+        ranks_start(2, &comm_options, run_rank, &job);
+        ranks_join(2);
+        if (rank_results_[job.victim].status == RANK_KILLED + SIGKILL) {
+            // The other one notices, or was done.
+            int other = rank_results_[1 - job.victim].status;
+            ck_assert_msg(other == STATUS_COMMUNICATION || other == STATUS_OK, "%d: %s", other,
+                          rank_results_[1 - job.victim].message);
+            ck_assert_double_lt(rank_results_[1 - job.victim].seconds, 25);
+            killed++;
+        }
+        job.victim = ALL_RANKS;
+        finish(2, &job);
+        expect_same_run_of(2, "whole", name);
+    }
+    ck_assert_int_ge(killed, 5);
+}
+END_TEST
+
+START_TEST(a_signal_to_one_rank_stops_all) {
+    tiny_prepare();
+    Job whole = job_of(tiny_moe_recipe("whole"));
+    run_ok(2, &whole);
+    for (int victim = 0; victim < 2; victim++) {
+        char name[32], hex[HASH_HEX_SIZE];
+        snprintf(name, sizeof name, "stopped%d", victim);
+        Job job = job_of(tiny_moe_recipe(name));
+        job.recipe.checkpoint_every = 0; // only the signal saves
+        Trigger trigger = {.number = victim == 0 ? 300 : 150, .signal = SIGUSR1};
+        job.victim = victim;
+        job.hook = on_operation;
+        job.context = &trigger;
+        ranks_start(2, &comm_options, run_rank, &job);
+        ranks_join(2);
+        for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_PREEMPTED, "stopped by SIGUSR1");
+        int64_t step = tiny_newest(name, "state.json", hex);
+        ck_assert(step > 0 && step < TINY_STEPS);
+        job.victim = ALL_RANKS;
+        run_ok(2, &job);
+        expect_same_run_of(2, "whole", name);
+    }
+}
+END_TEST
+
+// A backend whose loss, or a gradient, is NaN in steps 5 to 7.
+enum { SPOIL_LOSS, SPOIL_GRADIENT };
+static struct {
+    int what, micro_batches;
+    float *gradient;
+    Status (*cross_entropy)(Backend *, const LinearCrossEntropyArgs *);
+} spoil;
+
+static Status spoiled_cross_entropy(Backend *backend, const LinearCrossEntropyArgs *args) {
+    const double nan = NAN;
+    const float narrow = NAN;
+    TRY(spoil.cross_entropy(backend, args));
+    if (!args->grad_weight) return STATUS_OK; // an evaluation
+    int step = ++spoil.micro_batches;         // one micro-batch a step
+    if (step < 5 || step > 7) return STATUS_OK;
+    if (spoil.what == SPOIL_LOSS)
+        return backend->ops->upload(backend, args->loss_sum, &nan, sizeof nan);
+    return backend->ops->upload(backend, args->grad_weight, &narrow, sizeof narrow);
+}
+
+static Status train_spoiled(const Recipe *recipe, const RunOptions *options) {
+    Backend *backend;
+    TRY(prepare_backend(recipe, &backend));
+    static BackendOps ops;
+    ops = *backend->ops;
+    spoil.cross_entropy = ops.linear_cross_entropy;
+    ops.linear_cross_entropy = spoiled_cross_entropy;
+    backend->ops = &ops;
+    Status status = run_training_on(backend, recipe, options);
+    backend_destroy(backend);
+    return status;
+}
+
+START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
+    tiny_prepare();
+    for (int what = SPOIL_LOSS; what <= SPOIL_GRADIENT; what++) {
+        char name[32];
+        snprintf(name, sizeof name, "nan%d", what);
+        Job job = job_of(tiny_moe_recipe(name));
+        job.victim = 1;
+        job.train = train_spoiled;
+        spoil.what = what;
+        run_ok(2, &job);
+        ck_assert_uint_eq(tiny_count_events(name, "skip"), 3);
+        json_t *steps = tiny_log(name, "step");
+        json_t *last = json_array_get(steps, json_array_size(steps) - 1);
+        ck_assert(isfinite(json_number_value(json_object_get(last, "loss"))));
+        ck_assert_int_eq(json_integer_value(json_object_get(last, "skipped")), 3);
+        ck_assert_int_eq(json_integer_value(json_object_get(last, "step")), TINY_STEPS);
+        json_decref(steps);
+    }
+    expect_same_run_of(2, "nan0", "nan1"); // what was bad about a step does not matter
+    // Too many: all end, and say why.
+    Job job = job_of(tiny_moe_recipe("hopeless"));
+    job.recipe.optim_max_skipped = 2;
+    job.victim = 1;
+    job.train = train_spoiled;
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_NUMERICS, "steps 5 to 6 were all skipped");
+}
+END_TEST
+
+// Writes of the files whose path contains `part` fail, `times` times.
+typedef struct FullDisk {
+    const char *part;
+    int times;
+} FullDisk;
+
+static int full_disk(void *context, IoOp op, const char *path, size_t *bytes) {
+    FullDisk *disk = context;
+    (void)bytes;
+    bool hit = op == IO_WRITE && path && strstr(path, disk->part) && disk->times > 0;
+    if (hit) disk->times--;
+    return hit ? ENOSPC : 0;
+}
+
+START_TEST(a_failed_write_on_one_rank_fails_that_save_on_all) {
+    static const char *const parts[] = {"optimizer-00000-of-00002", "optimizer-00001-of-00002",
+                                        "manifest.json"};
+    tiny_prepare();
+    Job whole = job_of(tiny_moe_recipe("whole"));
+    run_ok(2, &whole);
+    for (int i = 0; i < 3; i++) {
+        char name[32], **names;
+        size_t count;
+        snprintf(name, sizeof name, "full%d", i);
+        Job job = job_of(tiny_moe_recipe(name));
+        FullDisk disk = {.part = parts[i], .times = 2};
+        job.victim = i == 1 ? 1 : 0;
+        job.hook = full_disk;
+        job.context = &disk;
+        run_ok(2, &job);
+        ck_assert_uint_eq(tiny_count_events(name, "save_failed"), 2);
+        expect_same_run_of(2, "whole", name);
+        json_t *events = tiny_log(name, "event"), *event;
+        size_t index;
+        json_array_foreach(events, index, event) {
+            const char *text = json_string_value(json_object_get(event, "text"));
+            if (strcmp(json_string_value(json_object_get(event, "event")), "save_failed") != 0)
+                continue;
+            ck_assert_msg(strstr(text, job.victim ? "rank 1: " : "rank 0: "), "%s", text);
+            ck_assert_msg(strstr(text, parts[i]), "%s", text);
+        }
+        json_decref(events);
+        // Nothing is left of the failed saves.
+        ck_assert_ok(io_list_directory(tiny_run_path(name, "checkpoints"), &names, &count));
+        for (size_t j = 0; j < count; j++) ck_assert(!strstr(names[j], ".tmp-"));
+        io_free_names(names, count);
+    }
+    // A disk that stays full ends the run everywhere.
+    Job job = job_of(tiny_moe_recipe("fuller"));
+    FullDisk disk = {.part = parts[1], .times = 1000};
+    job.victim = 1;
+    job.hook = full_disk;
+    job.context = &disk;
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_IO, "5 saves in a row failed");
+}
+END_TEST
+
+// --- Bad input -----------------------------------------------------------------------------------
+
+START_TEST(batches_that_do_not_divide_are_refused_by_all) {
+    tiny_prepare();
+    Job job = job_of(tiny_moe_recipe("odd"));
+    ranks_start(3, &comm_options, run_rank, &job);
+    ranks_join(3);
+    for (int r = 0; r < 3; r++) ranks_expect(r, STATUS_USAGE, "times 3 ranks; start 2 ranks");
+    ck_assert(!io_exists(tiny_run_path("odd", "lock")));
+}
+END_TEST
+
+// One rank sees other files than the rest.
+static Status train_on_other_shards(const Recipe *recipe, const RunOptions *options) {
+    Recipe other = *recipe;
+    tiny_set(&other, "data.train=%s", tiny_valid_);
+    return run_training(&other, options);
+}
+
+START_TEST(other_shards_on_one_rank_are_refused_by_all) {
+    tiny_prepare();
+    Job job = job_of(tiny_dense_recipe("mixed"));
+    job.victim = 1;
+    job.train = train_on_other_shards;
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_BAD_DATA, "rank 1: data.train");
+}
+END_TEST
+
+START_TEST(what_only_one_rank_finds_wrong_ends_all) {
+    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    tiny_prepare();
+    Job job = job_of(tiny_dense_recipe("broken"));
+    tiny_set(&job.recipe, "train.steps=8");
+    run_ok(2, &job);
+    // Rank 0 alone reads the run directory; there is no checkpoint left that it trusts.
+    char **names;
+    size_t count;
+    snprintf(path, sizeof path, "%s", tiny_run_path("broken", "checkpoints"));
+    ck_assert_int_eq(tiny_newest("broken", "state.json", hex), 8);
+    ck_assert_ok(io_list_directory(path, &names, &count));
+    for (size_t i = 0; i < count; i++) {
+        char state[IO_PATH_MAX];
+        ck_assert_ok(io_path(state, "%.3000s/%s/state.json", path, names[i]));
+        ck_assert_ok(io_write_file_atomic(state, "{}", 2));
+    }
+    io_free_names(names, count);
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_BAD_DATA, "rank 0: ");
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_BAD_DATA, "none of");
+}
+END_TEST
+
+TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_same_bits),
+                  TEST(every_option_gives_the_same_bits),
+                  TEST(other_numbers_of_ranks_agree_within_rounding),
+                  TEST(resumes_with_any_number_of_ranks),
+                  TEST(resumes_with_the_same_bits_where_sums_have_one_order),
+                  TEST(a_killed_rank_ends_all_and_the_same_command_continues),
+                  TEST(a_signal_to_one_rank_stops_all),
+                  TEST(bad_numbers_on_one_rank_are_skipped_by_all),
+                  TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
+                  TEST(batches_that_do_not_divide_are_refused_by_all),
+                  TEST(other_shards_on_one_rank_are_refused_by_all),
+                  TEST(what_only_one_rank_finds_wrong_ends_all))

@@ -1,0 +1,101 @@
+// What several ranks agree on before they train and between steps.
+//
+// Rank 0 decides and writes, the others follow: there is one run directory, one choice of what to
+// continue, one log. A failure on any rank is everybody's, with one message; so every part of the
+// start-up ends in team_agree, on every rank, also where a rank had nothing to do.
+#include "train/trainer.h"
+
+#include <stdio.h>
+#include <string.h>
+#include "train/stop_signal.h"
+
+// --- Parts of the start-up -----------------------------------------------------------------------
+
+Status ranks_together(Trainer *t, TrainerPart part) {
+    return team_agree(&t->team, part(t));
+}
+
+Status ranks_first_only(Trainer *t, TrainerPart part) {
+    return team_agree(&t->team, t->team.rank == 0 ? part(t) : STATUS_OK);
+}
+
+Status ranks_in_turn(Trainer *t, TrainerPart part) {
+    TRY(ranks_first_only(t, part));
+    if (t->team.world == 1) return STATUS_OK;
+    return team_agree(&t->team, t->team.rank > 0 ? part(t) : STATUS_OK);
+}
+
+Status ranks_share_directory(Trainer *t) {
+    struct {
+        char path[IO_PATH_MAX];
+        int attempt;
+    } shared = {.attempt = t->dir.attempt};
+    memcpy(shared.path, t->dir.path, sizeof shared.path);
+    TRY(team_broadcast(&t->team, &shared, sizeof shared));
+    if (t->team.rank == 0) return STATUS_OK;
+    t->dir = (RunDir){.lock_fd = -1, .attempt = shared.attempt};
+    memcpy(t->dir.path, shared.path, sizeof t->dir.path);
+    return STATUS_OK;
+}
+
+static Status read_chosen_state(Trainer *t) {
+    if (t->team.rank == 0 || !t->resume_path[0]) return STATUS_OK;
+    return checkpoint_read_state(t->resume_path, &t->resume_state);
+}
+
+Status ranks_share_resume(Trainer *t) {
+    struct {
+        int64_t step;
+        char path[IO_PATH_MAX], origin[RUN_ORIGIN_MAX];
+    } shared = {.step = t->resume_step};
+    if (t->resume_state) memcpy(shared.path, t->resume_path, sizeof shared.path);
+    memcpy(shared.origin, t->origin, sizeof shared.origin);
+    TRY(team_broadcast(&t->team, &shared, sizeof shared));
+    if (t->team.rank > 0) {
+        t->resume_step = shared.step;
+        memcpy(t->resume_path, shared.path, sizeof t->resume_path);
+        memcpy(t->origin, shared.origin, sizeof t->origin);
+    }
+    return ranks_together(t, read_chosen_state);
+}
+
+Status ranks_share_finished(Trainer *t, bool *finished) {
+    char answer = t->team.rank == 0 && !t->profile && run_is_finished(t);
+    TRY(team_broadcast(&t->team, &answer, sizeof answer));
+    *finished = answer;
+    return STATUS_OK;
+}
+
+Status ranks_compare_data(Trainer *t) {
+    char first[HASH_HEX_SIZE];
+    Status status = STATUS_OK;
+    memcpy(first, t->identity.data_fingerprint, sizeof first);
+    TRY(team_broadcast(&t->team, first, sizeof first));
+    if (strcmp(first, t->identity.data_fingerprint) != 0)
+        status = status_fail(__FILE__, __LINE__, STATUS_BAD_DATA,
+                             "data.train = %s: the shards have fingerprint %s, those of rank 0 %s; "
+                             "all ranks must see the same files",
+                             t->recipe->data_train, t->identity.data_fingerprint, first);
+    return team_agree(&t->team, status);
+}
+
+// --- Between steps -------------------------------------------------------------------------------
+
+static Status share_signal_name(Trainer *t) {
+    char names[TEAM_RANKS_MAX][sizeof t->stop_name] = {{0}};
+    const size_t size = sizeof names[0];
+    INVARIANT(t->team.world <= TEAM_RANKS_MAX);
+    snprintf(names[t->team.rank], size, "%s", stop_signal_name());
+    TRY(team_gather(&t->team, names, size));
+    for (int r = 0; r < t->team.world && !t->stop_name[0]; r++)
+        memcpy(t->stop_name, names[r], size);
+    return STATUS_OK;
+}
+
+Status ranks_agree_on_stop(Trainer *t) {
+    double stop = stop_requested();
+    if (t->stop) return STATUS_OK;
+    TRY(team_sum(&t->team, &stop, 1));
+    t->stop = stop > 0;
+    return t->stop ? share_signal_name(t) : STATUS_OK;
+}
