@@ -1,6 +1,6 @@
 // Several ranks on this machine for tests: one process each, connected over loopback.
 //
-// A rank's body returns a Status; what it and its message were lands in memory that the test
+// A process's body returns a Status; what it and its message were lands in memory that the test
 // shares. Bodies check with EXPECT, since an assertion of `check` belongs to the test's process.
 #ifndef TESTS_RANKS_H
 #define TESTS_RANKS_H
@@ -66,29 +66,48 @@ static Status rank_run_(int rank, int world, int mesh[RANKS_MAX][RANKS_MAX],
     return status;
 }
 
-// Starts the ranks; ranks_join waits for them.
-__attribute__((unused)) static void ranks_start(int world, const CommunicatorOptions *options,
-                                                RankBody body, void *context) {
-    int mesh[RANKS_MAX][RANKS_MAX];
+// Starts `count` processes; ranks_join waits for them.
+typedef Status (*ProcessBody)(int index, void *context);
+static void processes_start(int count, ProcessBody body, void *context) {
     rank_results_ = mmap(NULL, RANKS_MAX * sizeof *rank_results_, PROT_READ | PROT_WRITE,
                          MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     ck_assert(rank_results_ != MAP_FAILED);
-    ranks_connect_(world, mesh);
-    for (int rank = 0; rank < world; rank++) {
-        rank_pids_[rank] = fork();
-        ck_assert_int_ge(rank_pids_[rank], 0);
-        if (rank_pids_[rank] > 0) continue;
+    for (int i = 0; i < count; i++) {
+        rank_pids_[i] = fork();
+        ck_assert_int_ge(rank_pids_[i], 0);
+        if (rank_pids_[i] > 0) continue;
         double start = clock_seconds();
-        Status status = rank_run_(rank, world, mesh, options, body, context);
-        RankResult *result = &rank_results_[rank];
+        Status status = body(i, context);
+        RankResult *result = &rank_results_[i];
         result->seconds = clock_seconds() - start;
         if (status != STATUS_OK)
             snprintf(result->message, sizeof result->message, "%s", status_message());
         if (__lsan_do_recoverable_leak_check && __lsan_do_recoverable_leak_check()) _exit(98);
         _exit(status);
     }
+}
+
+typedef struct RankJob_ {
+    int world;
+    int mesh[RANKS_MAX][RANKS_MAX];
+    const CommunicatorOptions *options;
+    RankBody body;
+    void *context;
+} RankJob_;
+
+static Status rank_body_(int rank, void *context) {
+    RankJob_ *job = context;
+    return rank_run_(rank, job->world, job->mesh, job->options, job->body, job->context);
+}
+
+// The same with a communicator between them.
+__attribute__((unused)) static void ranks_start(int world, const CommunicatorOptions *options,
+                                                RankBody body, void *context) {
+    RankJob_ job = {.world = world, .options = options, .body = body, .context = context};
+    ranks_connect_(world, job.mesh);
+    processes_start(world, rank_body_, &job);
     for (int i = 0; i < world; i++)
-        for (int j = 0; j < world; j++) net_close(mesh[i][j]);
+        for (int j = 0; j < world; j++) net_close(job.mesh[i][j]);
 }
 
 __attribute__((unused)) static void ranks_join(int world) {

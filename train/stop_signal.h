@@ -1,5 +1,6 @@
 // Requests to stop: SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask the run to finish its step,
-// save and exit with STATUS_PREEMPTED. A second one ends the process at once.
+// save and exit with STATUS_PREEMPTED. A second one ends the process at once. A rank that
+// train/supervisor.h has started obeys only those of its parent.
 #ifndef TRAIN_STOP_SIGNAL_H
 #define TRAIN_STOP_SIGNAL_H
 

@@ -1,0 +1,418 @@
+// How ranks find each other, and what becomes of those that are late, missing, different, or not
+// ours at all.
+#include "tests/ranks.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include "base/log.h"
+#include "train/rendezvous.h"
+#include "train/rendezvous_wire.h"
+
+// What process `index` of a test is and does.
+typedef struct Actor {
+    RendezvousOptions options;
+    int delay_ms;
+    Status (*act)(Rendezvous *r, const struct Actor *actor); // after joining, or NULL
+    Status (*instead)(const struct Actor *actor);            // of all that
+} Actor;
+
+static Actor actors[RANKS_MAX];
+static int num_actors;
+
+// A port that nobody has at this moment.
+static int free_port(void) {
+    int fd, port;
+    ck_assert_ok(net_listen("127.0.0.1", 0, &fd, &port));
+    net_close(fd);
+    return port;
+}
+
+// A world of like-minded ranks; tests then change one or the other.
+static void cast(int world, double timeout_seconds) {
+    int port = free_port();
+    num_actors = world;
+    for (int rank = 0; rank < world; rank++)
+        actors[rank] = (Actor){.options = {.rank = rank,
+                                           .world = world,
+                                           .master_host = "127.0.0.1",
+                                           .master_port = port,
+                                           .job = "job-1",
+                                           .recipe = "aaaa",
+                                           .build = "bbbb",
+                                           .timeout_seconds = timeout_seconds}};
+}
+
+static Actor *add_actor(void) {
+    actors[num_actors] = actors[1];
+    return &actors[num_actors++];
+}
+
+static Status actor_body(int index, void *context) {
+    (void)context;
+    const Actor *actor = &actors[index];
+    Rendezvous *r;
+    usleep((useconds_t)actor->delay_ms * 1000);
+    if (actor->instead) return actor->instead(actor);
+    TRY(rendezvous_join(&actor->options, &r));
+    Status status = actor->act ? actor->act(r, actor) : STATUS_OK;
+    rendezvous_close(r);
+    return status;
+}
+
+static void play(void) {
+    processes_start(num_actors, actor_body, NULL);
+    ranks_join(num_actors);
+}
+
+static void expect_all_ok(int count) {
+    for (int i = 0; i < count; i++) ranks_expect(i, STATUS_OK, "");
+}
+
+// --- A run that starts ---------------------------------------------------------------------------
+
+static Status talk(Rendezvous *r, const Actor *actor) {
+    int world = actor->options.world, rank = actor->options.rank;
+    int all[RANKS_MAX] = {0}, own = rank * 10;
+    char id[128] = "";
+    TRY(rendezvous_all_gather(r, "numbers", &own, sizeof own, all));
+    for (int i = 0; i < world; i++) EXPECT(all[i] == i * 10, "%d of rank %d", all[i], i);
+    if (rank == 0) snprintf(id, sizeof id, "unique");
+    TRY(rendezvous_broadcast(r, "an id", id, sizeof id));
+    EXPECT(strcmp(id, "unique") == 0, "'%s'", id);
+    for (int i = 0; i < world; i++)
+        EXPECT(strstr(rendezvous_name(r, i), ", pid "), "'%s'", rendezvous_name(r, i));
+    return rendezvous_agree(r, "data", "the same", "");
+}
+
+// The mesh carries a communicator.
+static Status sum_over_mesh(Rendezvous *r, const Actor *actor) {
+    int sockets[RANKS_MAX], world = actor->options.world;
+    const CommunicatorOptions options = {.timeout_seconds = 10};
+    Communicator *c;
+    CommTicket ticket;
+    TRY(talk(r, actor));
+    TRY(rendezvous_take_mesh(r, sockets));
+    const CommunicatorLinks links = {
+        .rank = actor->options.rank, .world = world, .sockets = sockets};
+    TRY(communicator_tcp(&links, &options, &c));
+    double value = c->rank;
+    Status status = c->ops->all_reduce(c, &value, 1, COMM_F64, COMM_SUM, &ticket);
+    communicator_destroy(c);
+    EXPECT(value == world * (world - 1) / 2, "%g", value);
+    return status;
+}
+
+START_TEST(ranks_meet_and_talk) {
+    for (int world = 1; world <= 5; world++) {
+        cast(world, 20);
+        for (int i = 0; i < world; i++) {
+            actors[i].options.mesh = true;
+            actors[i].act = sum_over_mesh;
+        }
+        play();
+        expect_all_ok(world);
+        cast(world, 20);
+        for (int i = 0; i < world; i++) actors[i].act = talk; // the star alone
+        play();
+        expect_all_ok(world);
+    }
+}
+END_TEST
+
+START_TEST(whoever_is_first_waits) {
+    for (int late = 0; late < 3; late++) {
+        cast(3, 20);
+        actors[late].delay_ms = 700;
+        for (int i = 0; i < 3; i++) {
+            actors[i].options.mesh = true;
+            actors[i].act = sum_over_mesh;
+        }
+        play();
+        expect_all_ok(3);
+    }
+}
+END_TEST
+
+static Status die(Rendezvous *r, const Actor *actor) {
+    (void)r;
+    (void)actor;
+    raise(SIGKILL);
+    return STATUS_OK;
+}
+
+// Says hello and dies while it waits for the others.
+static Status say_hello_and_die(const Actor *actor) {
+    signal(SIGALRM, SIG_DFL); // `check` has a handler of its own
+    alarm(1);
+    RendezvousOptions options = actor->options;
+    Rendezvous *r;
+    return rendezvous_join(&options, &r);
+}
+
+START_TEST(a_rank_that_dies_waiting_may_come_again) {
+    cast(3, 20);
+    actors[1].instead = say_hello_and_die;
+    actors[2].delay_ms = 2500;
+    for (int i = 0; i < 3; i += 2) actors[i].act = talk;
+    Actor *again = add_actor();
+    again->options.rank = 1;
+    again->instead = NULL;
+    again->act = talk;
+    again->delay_ms = 2000;
+    play();
+    ck_assert_int_eq(rank_results_[1].status, RANK_KILLED + SIGALRM);
+    ranks_expect(0, STATUS_OK, "");
+    ranks_expect(2, STATUS_OK, "");
+    ranks_expect(3, STATUS_OK, "");
+}
+END_TEST
+
+// --- Strangers -----------------------------------------------------------------------------------
+
+static Status connect_to_master(const Actor *actor, int *fd) {
+    return net_connect("the master", "127.0.0.1", actor->options.master_port, clock_seconds() + 10,
+                       fd);
+}
+
+static Status say_garbage(const Actor *actor) {
+    static const char request[] = "GET / HTTP/1.1\r\nHost: master\r\n\r\n";
+    int fd;
+    char byte;
+    for (int i = 0; i < 20; i++) {
+        TRY(connect_to_master(actor, &fd));
+        TRY(net_send(fd, "master", request, i % 2 ? sizeof request - 1 : 3, clock_seconds() + 5));
+        if (i % 2) { // refused at once
+            Status status = net_recv(fd, "master", &byte, 1, clock_seconds() + 3);
+            EXPECT(status == STATUS_COMMUNICATION, "%d", status);
+            EXPECT(!strstr(status_message(), "deadline"), "%s", status_message());
+        }
+        net_close(fd);
+    }
+    return STATUS_OK;
+}
+
+// More silent connections than the reception has places, some with half a hello.
+static Status say_nothing(const Actor *actor) {
+    enum { SILENT = 2 * RECEPTION_GUESTS };
+    int fds[SILENT];
+    for (int i = 0; i < SILENT; i++) {
+        TRY(connect_to_master(actor, &fds[i]));
+        if (i % 3 == 0) TRY(net_send(fds[i], "master", HELLO_MAGIC, 8, clock_seconds() + 5));
+    }
+    usleep(2500000);
+    return STATUS_OK;
+}
+
+static Status speak_other_protocol(const Actor *actor) {
+    Hello hello = {.magic = HELLO_MAGIC, .protocol = PROTOCOL + 1, .rank = 1, .world = 3};
+    Verdict verdict;
+    int fd;
+    TRY(connect_to_master(actor, &fd));
+    TRY(net_send(fd, "master", &hello, sizeof hello, clock_seconds() + 5));
+    Status status = rendezvous_recv_verdict(fd, "master", &verdict, clock_seconds() + 5);
+    EXPECT(status == STATUS_USAGE && strstr(status_message(), "protocol 2 came"), "%s",
+           status_message());
+    return STATUS_OK;
+}
+
+START_TEST(strangers_change_nothing) {
+    static Status (*const strangers[])(const Actor *) = {say_garbage, say_nothing,
+                                                         speak_other_protocol};
+    for (int i = 0; i < 3; i++) {
+        cast(3, 20);
+        actors[1].delay_ms = 1500; // the strangers come first
+        for (int rank = 0; rank < 3; rank++) actors[rank].act = talk;
+        add_actor()->instead = strangers[i];
+        actors[3].delay_ms = 200;
+        play();
+        expect_all_ok(4);
+        ck_assert_double_lt(rank_results_[0].seconds, 4);
+    }
+}
+END_TEST
+
+START_TEST(ranks_of_an_earlier_start_are_refused) {
+    cast(2, 20);
+    actors[1].delay_ms = 800;
+    actors[0].act = actors[1].act = talk;
+    Actor *stale = add_actor();
+    stale->options.job = "job-0";
+    stale->delay_ms = 200;
+    stale->act = NULL;
+    play();
+    ranks_expect(0, STATUS_OK, "");
+    ranks_expect(1, STATUS_OK, "");
+    ranks_expect(2, STATUS_USAGE, "rank 1 of job job-0");
+    ranks_expect(2, STATUS_USAGE, "rendezvous of job job-1");
+    ck_assert_double_lt(rank_results_[2].seconds, 5);
+}
+END_TEST
+
+// Somebody listens at the port, but it is not us.
+static Status serve_something_else(const Actor *actor) {
+    int listener, fd;
+    char peer[NET_NAME_MAX], answer[4096];
+    memset(answer, 'x', sizeof answer);
+    TRY(net_listen("127.0.0.1", actor->options.master_port, &listener, NULL));
+    TRY(net_accept(listener, clock_seconds() + 10, &fd, peer));
+    TRY(net_send(fd, peer, answer, sizeof answer, clock_seconds() + 5));
+    usleep(500000);
+    return STATUS_OK;
+}
+
+START_TEST(another_service_is_recognised) {
+    cast(2, 5);
+    actors[0].instead = serve_something_else;
+    play();
+    ranks_expect(1, STATUS_USAGE, "no rendezvous");
+    ck_assert_double_lt(rank_results_[1].seconds, 4);
+}
+END_TEST
+
+// --- A run that cannot start ---------------------------------------------------------------------
+
+START_TEST(missing_ranks_are_named_to_all_in_time) {
+    cast(5, 1.5);
+    actors[1] = actors[4]; // ranks 0, 2 and 4 come
+    num_actors = 3;
+    play();
+    for (int i = 0; i < 3; i++) {
+        ranks_expect(i, STATUS_COMMUNICATION, "2 of 5 ranks have not come: ranks 1, 3;");
+        ck_assert_str_eq(rank_results_[i].message, rank_results_[0].message);
+        ck_assert_double_ge(rank_results_[i].seconds, 1);
+        ck_assert_double_lt(rank_results_[i].seconds, 6);
+    }
+}
+END_TEST
+
+START_TEST(a_refused_rank_is_mentioned_when_one_is_missing) {
+    cast(2, 1.5);
+    actors[1].options.job = "job-0";
+    play();
+    ranks_expect(0, STATUS_COMMUNICATION, "have not come: rank 1");
+    ranks_expect(0, STATUS_COMMUNICATION, "rank 1 of job job-0");
+}
+END_TEST
+
+START_TEST(a_taken_port_is_a_clear_message) {
+    int fd, port;
+    char text[64];
+    ck_assert_ok(net_listen("127.0.0.1", 0, &fd, &port));
+    cast(2, 5);
+    num_actors = 1;
+    actors[0].options.master_port = port;
+    play();
+    snprintf(text, sizeof text, "port %d on 127.0.0.1 is taken", port);
+    ranks_expect(0, STATUS_USAGE, text);
+    ck_assert_double_lt(rank_results_[0].seconds, 2);
+    net_close(fd);
+}
+END_TEST
+
+START_TEST(an_unreachable_master_is_a_clear_message) {
+    cast(2, 1);
+    actors[0] = actors[1]; // both are rank 1; nobody listens
+    num_actors = 2;
+    actors[1].options.master_host = "no-such-host.invalid";
+    play();
+    ranks_expect(0, STATUS_COMMUNICATION, "cannot be reached");
+    ranks_expect(0, STATUS_COMMUNICATION, "Connection refused");
+    ck_assert_double_lt(rank_results_[0].seconds, 4);
+    ranks_expect(1, STATUS_USAGE, "host no-such-host.invalid: cannot be resolved");
+}
+END_TEST
+
+// All ranks are told the same, which names the culprit.
+static void expect_disagreement(const char *text) {
+    play();
+    for (int i = 0; i < num_actors; i++) {
+        ranks_expect(i, STATUS_USAGE, "do not agree");
+        ranks_expect(i, STATUS_USAGE, text);
+        ck_assert_str_eq(rank_results_[i].message, rank_results_[0].message);
+        ck_assert_double_lt(rank_results_[i].seconds, 8);
+    }
+}
+
+START_TEST(ranks_that_differ_are_named_to_all) {
+    cast(3, 10);
+    actors[2].options.recipe = "cccc";
+    expect_disagreement("has recipe cccc, rank 0");
+    cast(3, 10);
+    actors[1].options.build = "dddd";
+    expect_disagreement("has build dddd, rank 0");
+    cast(3, 10);
+    actors[1].options.world = 4;
+    expect_disagreement("is rank 1 of 4, rank 0");
+    cast(3, 10);
+    actors[2].options.rank = 1;
+    expect_disagreement("two processes are rank 1");
+    cast(2, 10); // more come than there are
+    Actor *more = add_actor();
+    more->options.rank = 2;
+    more->options.world = 3;
+    actors[1].delay_ms = 500;
+    expect_disagreement("is rank 2 of 3, rank 0");
+    cast(4, 10); // several at once
+    actors[1].options.recipe = "cccc";
+    actors[3].options.build = "dddd";
+    expect_disagreement("has recipe cccc");
+    ranks_expect(1, STATUS_USAGE, "has build dddd");
+}
+END_TEST
+
+// --- Afterwards ----------------------------------------------------------------------------------
+
+static Status disagree(Rendezvous *r, const Actor *actor) {
+    return rendezvous_agree(r, "training data", actor->options.rank == 1 ? "xx" : "yy",
+                            "use the same shards");
+}
+
+START_TEST(what_differs_later_is_named_to_all) {
+    cast(3, 5);
+    for (int i = 0; i < 3; i++) actors[i].act = disagree;
+    play();
+    for (int i = 0; i < 3; i++) {
+        ranks_expect(i, STATUS_USAGE, "has yy, but 1 of 3 ranks differ: rank 1 (");
+        ranks_expect(i, STATUS_USAGE, "has xx; use the same shards");
+    }
+}
+END_TEST
+
+static Status sleep_long(Rendezvous *r, const Actor *actor) {
+    (void)r;
+    (void)actor;
+    usleep(3000000);
+    return STATUS_OK;
+}
+
+START_TEST(a_rank_that_is_lost_later_is_named_to_all) {
+    cast(3, 1);
+    actors[0].act = actors[2].act = talk;
+    actors[1].act = die;
+    play();
+    for (int i = 0; i < 3; i += 2) ranks_expect(i, STATUS_COMMUNICATION, "numbers: not all");
+    ranks_expect(2, STATUS_COMMUNICATION, "rank 1 (");
+    cast(3, 1);
+    actors[0].act = actors[2].act = talk;
+    actors[1].act = sleep_long;
+    play();
+    for (int i = 0; i < 3; i += 2) {
+        ranks_expect(i, STATUS_COMMUNICATION, "rank 1 (");
+        ck_assert_double_lt(rank_results_[i].seconds, 3);
+    }
+    cast(3, 1);
+    actors[1].act = actors[2].act = talk;
+    actors[0].act = die;
+    play();
+    for (int i = 1; i < 3; i++) ranks_expect(i, STATUS_COMMUNICATION, "rank 0 (");
+}
+END_TEST
+
+TEST_MAIN("rendezvous", TEST(ranks_meet_and_talk), TEST(whoever_is_first_waits),
+          TEST(a_rank_that_dies_waiting_may_come_again), TEST(strangers_change_nothing),
+          TEST(ranks_of_an_earlier_start_are_refused), TEST(another_service_is_recognised),
+          TEST(missing_ranks_are_named_to_all_in_time),
+          TEST(a_refused_rank_is_mentioned_when_one_is_missing),
+          TEST(a_taken_port_is_a_clear_message), TEST(an_unreachable_master_is_a_clear_message),
+          TEST(ranks_that_differ_are_named_to_all), TEST(what_differs_later_is_named_to_all),
+          TEST(a_rank_that_is_lost_later_is_named_to_all))
