@@ -56,6 +56,7 @@ static Status begin(TcpCommunicator *c, ExchangeKind kind, CommType type, CommRe
                            .root = root,
                            .bytes = bytes};
     INVARIANT(bytes >= 0 && root >= 0 && root < c->base.world);
+    c->exchange.timeout_seconds = c->base.timeout_seconds;
     TRY(exchange_begin(&c->exchange, &head));
     if (ticket) *ticket = c->exchange.head.sequence;
     exchange_prepare(&c->exchange, 0);

@@ -358,6 +358,47 @@ START_TEST(a_signal_to_one_rank_stops_all) {
 }
 END_TEST
 
+// Sleeps once, at the first operation of a kind on a path.
+typedef struct Pause {
+    IoOp op;
+    const char *part;
+    int seconds;
+} Pause;
+
+static int pause_once(void *context, IoOp op, const char *path, size_t *bytes) {
+    Pause *pause = context;
+    (void)bytes;
+    if (op != pause->op || !path || !strstr(path, pause->part)) return 0;
+    int seconds = pause->seconds;
+    pause->seconds = 0;
+    if (seconds) sleep((unsigned)seconds);
+    return 0;
+}
+
+// Rank 0 may take long before the first step, but not between steps; and a rank that waits for it
+// says so and does not hang.
+START_TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not) {
+    static const CommunicatorOptions impatient = {.timeout_seconds = 1};
+    tiny_prepare();
+    Job job = job_of(tiny_moe_recipe("slow"));
+    Pause at_start = {.op = IO_READ, .part = "shards.json", .seconds = 3};
+    job.victim = 0;
+    job.hook = pause_once;
+    job.context = &at_start;
+    ranks_expect_ok(2, &impatient, run_rank, &job);
+    Job slower = job_of(tiny_moe_recipe("slower"));
+    Pause in_step = {.op = IO_WRITE, .part = "log.jsonl", .seconds = 3};
+    slower.victim = 0;
+    slower.hook = pause_once;
+    slower.context = &in_step;
+    ranks_start(2, &impatient, run_rank, &slower);
+    ranks_join(2);
+    ranks_expect(1, STATUS_COMMUNICATION, "rank 0");
+    ck_assert_int_eq(rank_results_[0].status, STATUS_COMMUNICATION);
+    ck_assert_double_lt(rank_results_[1].seconds, 20);
+}
+END_TEST
+
 // A backend whose loss, or a gradient, is NaN in steps 5 to 7.
 enum { SPOIL_LOSS, SPOIL_GRADIENT };
 static struct {
@@ -542,6 +583,7 @@ TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_sam
                   TEST(resumes_with_the_same_bits_where_sums_have_one_order),
                   TEST(a_killed_rank_ends_all_and_the_same_command_continues),
                   TEST(a_signal_to_one_rank_stops_all),
+                  TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
                   TEST(bad_numbers_on_one_rank_are_skipped_by_all),
                   TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
                   TEST(batches_that_do_not_divide_are_refused_by_all),

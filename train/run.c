@@ -60,6 +60,20 @@ static Status train_to_the_end(Trainer *t) {
     return status;
 }
 
+// Before the first step one rank may have an hour's work that the others wait for; a rank that dies
+// is noticed at once all the same.
+static void wait_longer(Trainer *t) {
+    Communicator *c = t->options->communicator;
+    double setup = (double)t->recipe->parallel_setup_seconds;
+    if (!c) return;
+    t->wait_seconds = c->timeout_seconds;
+    if (setup > c->timeout_seconds) c->timeout_seconds = setup;
+}
+
+static void wait_as_told(Trainer *t) {
+    if (t->team.communicator) t->team.communicator->timeout_seconds = t->wait_seconds;
+}
+
 static Status train(Trainer *t) {
     bool finished;
     TRY(ranks_first_only(t, resume_choose));
@@ -73,6 +87,7 @@ static Status train(Trainer *t) {
         return STATUS_OK;
     }
     TRY(trainer_open(t));
+    wait_as_told(t);
     if (t->profile) return run_profile(t);
     TRY(train_to_the_end(t));
     if (t->stop) return stopped(t);
@@ -116,6 +131,7 @@ static Status open_team(Trainer *t) {
     Communicator *communicator = t->options->communicator;
     TRY(team_open(t->backend, communicator, &t->team));
     if (communicator) communicator->tree = t->recipe->parallel_pairwise;
+    wait_longer(t);
     if (t->team.rank > 0) log_lower();
     return team_agree(&t->team, prepare_check_world(t->recipe, t->backend, t->team.world));
 }

@@ -33,10 +33,11 @@
 typedef struct Trainer {
     const Recipe *recipe;
     const RunOptions *options;
-    Backend *backend; // not owned; with --profile the profile's
-    Profile *profile; // NULL without --profile
-    Team team;        // the ranks that train together; rank 0 alone writes what is not a slice
-    RunDir dir;       // locked by rank 0
+    Backend *backend;    // not owned; with --profile the profile's
+    Profile *profile;    // NULL without --profile
+    Team team;           // the ranks that train together; rank 0 alone writes what is not a slice
+    double wait_seconds; // for another rank in a collective, once steps are made
+    RunDir dir;          // locked by rank 0
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 
