@@ -34,11 +34,14 @@ static Status one_step(Trainer *t) {
 
 static Status train_loop(Trainer *t) {
     for (;;) {
+        watchdog_beat(t->watchdog, t->state.step, "between steps");
         TRY(evaluate_if_due(t));
         TRY(ranks_agree_on_stop(t));
         if (t->stop || t->state.step >= t->total_steps) return STATUS_OK;
         TRY(save_if_due(t));
+        watchdog_beat(t->watchdog, t->state.step + 1, "in the step");
         TRY(one_step(t));
+        watchdog_beat(t->watchdog, t->state.step, "after the step");
         report_if_due(t);
         TRY(save_collect(t, false));
     }
@@ -74,6 +77,15 @@ static void wait_as_told(Trainer *t) {
     if (t->team.communicator) t->team.communicator->timeout_seconds = t->wait_seconds;
 }
 
+// Its limit is a little beyond the communicator's, which knows better who is to blame. It starts
+// when nothing forks any more.
+static Status start_watchdog(Trainer *t) {
+    enum { LATER_SECONDS = 10 };
+    double limit = t->recipe->parallel_hang_seconds;
+    double later = limit / 4 < LATER_SECONDS ? limit / 4 : LATER_SECONDS;
+    return watchdog_start(t->team.rank, limit + later, t->team.communicator, &t->watchdog);
+}
+
 static Status train(Trainer *t) {
     bool finished;
     TRY(ranks_first_only(t, resume_choose));
@@ -89,9 +101,13 @@ static Status train(Trainer *t) {
     TRY(trainer_open(t));
     wait_as_told(t);
     if (t->profile) return run_profile(t);
+    TRY(start_watchdog(t));
     TRY(train_to_the_end(t));
     if (t->stop) return stopped(t);
-    // The others have nothing left to do, and nobody waits for them.
+    // The others have nothing left to do, and nobody waits for them. Writing the export and reading
+    // it back takes long for a large model.
+    watchdog_beat(t->watchdog, t->state.step, "in the export");
+    watchdog_allow(t->watchdog, (double)t->recipe->parallel_setup_seconds);
     return t->team.rank == 0 ? finish_run(t) : STATUS_OK;
 }
 
@@ -155,6 +171,7 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     TRY_GOTO(open_directory(t), done);
     stop_signal_install();
     status = train(t);
+    watchdog_stop(t->watchdog);
     record_end(t, status);
     trainer_close(t);
     stop_signal_restore();

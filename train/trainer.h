@@ -26,6 +26,7 @@
 #include "train/run.h"
 #include "train/run_state.h"
 #include "train/team.h"
+#include "train/watchdog.h"
 
 #define RESULT_NAME    "result.json" // <run>/result.json: written when everything is done
 #define PROFILE_SUFFIX "-profile"    // of the run's name with --profile
@@ -38,6 +39,7 @@ typedef struct Trainer {
     Team team;           // the ranks that train together; rank 0 alone writes what is not a slice
     double wait_seconds; // for another rank in a collective, once steps are made
     RunDir dir;          // locked by rank 0
+    Watchdog *watchdog;  // from the first step on
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 
