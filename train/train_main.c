@@ -1,4 +1,5 @@
-// The program `train`: arguments, then one of dry run, plan, surgery, profile or training.
+// The program `train`: arguments, then one of dry run, plan, surgery, profile or training; and who
+// this process is: a run of its own, a rank that somebody has started, or the parent of ranks.
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -9,14 +10,19 @@
 #include "train/recipe.h"
 #include "train/recipe_table.h"
 #include "train/run.h"
+#include "train/supervisor.h"
+#include "train/world.h"
 
-enum { MAX_OVERRIDES = 256, MAX_PROFILE_STEPS = 1000 };
+enum { MAX_OVERRIDES = 256, MAX_PROFILE_STEPS = 1000, MAX_RESTARTS = 1000000, NUMBER_TEXT = 64 };
 
 typedef struct Arguments {
     const char *recipe;
     const char *overrides[MAX_OVERRIDES];
     size_t num_overrides;
-    char device[64]; // --device as an override, "" for none
+    char device[NUMBER_TEXT];    // --device as an override, "" for none
+    char processes[NUMBER_TEXT]; // --processes or --gpus, the same way
+    bool on_gpus;                // --gpus
+    int max_restarts;
     RunOptions run;
     bool dry_run, plan_only, surgery_only;
     bool help, version, markdown;
@@ -32,6 +38,11 @@ static const char usage_text[] =
     "                           with the program\n"
     "  --set section.key=value  overrides the recipe; may be repeated\n"
     "  --device auto|cpu|cuda   the same as --set run.device=...\n"
+    "  --processes N            start N ranks on this machine, which train together; the same as\n"
+    "                           --set parallel.processes=N. Ranks that srun or torchrun's\n"
+    "                           variables start: docs/cluster.md\n"
+    "  --gpus N                 the same, each on a GPU of its own\n"
+    "  --max-restarts N         start the ranks again when one was lost, at most N times\n"
     "  --resume auto            continue from the newest checkpoint, if there is one (default)\n"
     "  --resume never           start from the beginning; older checkpoints are set aside\n"
     "  --resume DIR             continue from this checkpoint or this run's newest one\n"
@@ -43,8 +54,9 @@ static const char usage_text[] =
     "  --help, --version\n"
     "\n"
     "Exit codes: 0 done, 2 usage, 65 bad data, 66 missing input, 70 internal, 73 cannot write,\n"
-    "74 I/O, 75 preempted (run the same command again), 77 numerics, 78 recipe differs from the\n"
-    "checkpoint, 93 no progress. docs/troubleshooting.md says more.\n"
+    "74 I/O, 75 preempted (run the same command again), 76 a rank was lost (the same), 77 "
+    "numerics,\n"
+    "78 recipe differs from the checkpoint, 93 no progress. docs/troubleshooting.md says more.\n"
     "\n"
     "Settings, as `key = default` of a section in a recipe or `--set section.key=value`\n"
     "(docs/recipe.md):\n";
@@ -53,6 +65,9 @@ static const struct option options[] = {
     {"recipe", required_argument, NULL, 'r'},
     {"set", required_argument, NULL, 's'},
     {"device", required_argument, NULL, 'd'},
+    {"processes", required_argument, NULL, 'w'},
+    {"gpus", required_argument, NULL, 'g'},
+    {"max-restarts", required_argument, NULL, 'a'},
     {"resume", required_argument, NULL, 'c'},
     {"dry-run", no_argument, NULL, 'n'},
     {"plan-only", no_argument, NULL, 'p'},
@@ -71,18 +86,27 @@ static void read_resume(const char *text, RunOptions *run) {
     run->resume_path = run->resume == RESUME_FROM ? text : NULL;
 }
 
-static Status read_profile(const char *text, RunOptions *run) {
+static Status read_number(const char *option, const char *what, int min, int max, int *out) {
     char *end;
     errno = 0;
-    long long steps = strtoll(text, &end, 10);
-    if (errno || end == text || *end || steps < 1 || steps > MAX_PROFILE_STEPS)
-        FAIL(STATUS_USAGE, "--profile %.32s: expected a number of steps from 1 to %d", text,
-             MAX_PROFILE_STEPS);
-    run->profile_steps = steps;
+    long value = strtol(optarg, &end, 10);
+    if (errno || end == optarg || *end || value < min || value > max)
+        FAIL(STATUS_USAGE, "%s %.32s: expected a number of %s from %d to %d", option, optarg, what,
+             min, max);
+    *out = (int)value;
+    return STATUS_OK;
+}
+
+static Status read_ranks(const char *option, Arguments *arguments) {
+    int ranks;
+    if (arguments->processes[0]) FAIL(STATUS_USAGE, "--processes and --gpus are one choice");
+    TRY(read_number(option, "ranks", 1, SUPERVISOR_RANKS_MAX, &ranks));
+    snprintf(arguments->processes, NUMBER_TEXT, "parallel.processes=%d", ranks);
     return STATUS_OK;
 }
 
 static Status read_option(int option, Arguments *arguments) {
+    int steps;
     switch (option) {
     case 'r':
         if (arguments->recipe)
@@ -112,7 +136,16 @@ static Status read_option(int option, Arguments *arguments) {
         arguments->surgery_only = true;
         break;
     case 't':
-        return read_profile(optarg, &arguments->run);
+        TRY(read_number("--profile", "steps", 1, MAX_PROFILE_STEPS, &steps));
+        arguments->run.profile_steps = steps;
+        break;
+    case 'w':
+        return read_ranks("--processes", arguments);
+    case 'g':
+        arguments->on_gpus = true;
+        return read_ranks("--gpus", arguments);
+    case 'a':
+        return read_number("--max-restarts", "restarts", 0, MAX_RESTARTS, &arguments->max_restarts);
     case 'h':
         arguments->help = true;
         break;
@@ -163,20 +196,61 @@ static Status load(Arguments *arguments, Recipe *recipe) {
         FAIL(STATUS_USAGE, "no recipe given; try train --recipe quickstart_dense.ini, or --help");
     TRY(recipe_load(arguments->recipe, arguments->overrides, arguments->num_overrides, recipe));
     if (arguments->device[0]) TRY(recipe_set(recipe, arguments->device));
+    if (arguments->processes[0]) TRY(recipe_set(recipe, arguments->processes));
+    if (arguments->on_gpus) TRY(recipe_set(recipe, "run.device=cuda"));
     return recipe_check(recipe);
 }
 
-static Status execute(Arguments *arguments, Recipe *recipe) {
+// The ranks of this machine, started with our own arguments. A restart continues what the start
+// before it has left, also where that one was told to begin anew.
+static Status start_ranks(const Arguments *arguments, int ranks, int argc, char **argv,
+                          int *exit_code) {
+    static char resume[] = "--resume", automatic[] = "auto";
+    char **again = calloc((size_t)argc + 3, sizeof *again);
+    if (!again) FAIL(STATUS_INTERNAL, "out of memory for the arguments");
+    memcpy(again, argv, (size_t)argc * sizeof *again);
+    if (arguments->run.resume == RESUME_NEVER) {
+        again[argc] = resume;
+        again[argc + 1] = automatic;
+    }
+    const SupervisorOptions supervisor = {.processes = ranks,
+                                          .max_restarts = arguments->max_restarts,
+                                          .arguments = argv,
+                                          .on_restart = again};
+    Status status = supervise(&supervisor, exit_code);
+    free(again);
+    return status;
+}
+
+static bool only_prints(const Arguments *arguments) {
+    return arguments->dry_run || arguments->plan_only || arguments->surgery_only;
+}
+
+// *exit_code is what the ranks' ends mean where this process is their parent, whose messages have
+// been printed by them.
+static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **argv, int *exit_code) {
+    Launch launch;
+    TRY(launch_from_environment(&launch));
     TRY(load(arguments, recipe));
-    if (arguments->dry_run) return dry_run(recipe, 1);
+    int processes = recipe->parallel_processes > 0 ? (int)recipe->parallel_processes : 1;
+    int ranks = launch.kind == LAUNCH_NONE ? processes : launch.world;
+    if (only_prints(arguments) && launch.rank > 0) return STATUS_OK; // rank 0 does it
+    if (arguments->dry_run) return dry_run(recipe, ranks);
     if (arguments->plan_only) return prepare_only(recipe, STOP_AFTER_PLAN);
     if (arguments->surgery_only) return prepare_only(recipe, STOP_AFTER_SURGERY);
-    return run_training(recipe, &arguments->run);
+    bool alone = ranks == 1 && arguments->max_restarts == 0;
+    if (launch.kind == LAUNCH_NONE && !alone)
+        return start_ranks(arguments, ranks, argc, argv, exit_code);
+    Status status = world_run_training(&launch, recipe, &arguments->run);
+    if (status != STATUS_PREEMPTED || launch.rank == 0) return status;
+    *exit_code = status; // all ranks have stopped at the same step; one of them says so
+    return STATUS_OK;
 }
 
 int main(int argc, char **argv) {
     static Arguments arguments;
     static Recipe recipe;
+    int exit_code = 0;
     Status status = read_arguments(argc, argv, &arguments);
     if (status != STATUS_OK) return status_report(status, "train");
     if (arguments.help) {
@@ -187,9 +261,9 @@ int main(int argc, char **argv) {
     } else if (arguments.markdown) {
         recipe_print_markdown(stdout);
     } else {
-        status = execute(&arguments, &recipe);
+        status = execute(&arguments, &recipe, argc, argv, &exit_code);
     }
     if (fflush(stdout) != 0 && status == STATUS_OK)
         status = status_fail(__FILE__, __LINE__, STATUS_IO, "cannot write to standard output");
-    return status == STATUS_OK ? 0 : status_report(status, "train");
+    return status == STATUS_OK ? exit_code : status_report(status, "train");
 }
