@@ -151,10 +151,14 @@ static Status fill_slot(Loader *loader, Slot *slot) {
         int source;
         uint64_t window;
         next_sample(loader, &source, &window);
-        if (sample < first || sample >= first + loader->geometry.rows) continue;
-        Row row = slot_row(loader, slot, row_index++);
         int64_t valid;
-        TRY(sources_fill(&loader->sources, source, window, &row, &valid));
+        if (sample < first || sample >= first + loader->geometry.rows) {
+            // The mean of the loss is over all ranks' targets, and every rank can count them.
+            TRY(sources_count_targets(&loader->sources, source, window, &valid));
+        } else {
+            Row row = slot_row(loader, slot, row_index++);
+            TRY(sources_fill(&loader->sources, source, window, &row, &valid));
+        }
         valid_targets += valid;
     }
     for (; row_index < loader->geometry.rows; row_index++) {

@@ -54,7 +54,7 @@ typedef struct LoaderState {
 typedef struct StepBatch {
     int num_micro;
     const MicroBatch *micro;
-    int64_t valid_targets; // over this rank's micro-batches
+    int64_t valid_targets; // over the micro-batches of all ranks
     double wait_seconds;   // how long loader_next waited for the thread
     LoaderState after;     // the state once this step is done: what a checkpoint stores
     uint64_t first_sample; // global index of the step's first sample, for messages

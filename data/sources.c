@@ -122,6 +122,16 @@ Status sources_fill(Sources *sources, int source, uint64_t window, const Row *ro
     return STATUS_OK;
 }
 
+Status sources_count_targets(Sources *sources, int source, uint64_t window, int64_t *valid) {
+    const int64_t length = sources->sequence_length;
+    *valid = length;
+    if (!sources->mask_documents) return STATUS_OK;
+    TRY(dataset_document_starts(sources->datasets[source], window * (uint64_t)length,
+                                (uint64_t)length + 1, sources->is_start));
+    for (int64_t t = 1; t <= length; t++) *valid -= sources->is_start[t];
+    return STATUS_OK;
+}
+
 void sources_fill_empty(const Sources *sources, const Row *row) {
     for (int64_t t = 0; t < sources->sequence_length; t++) {
         row->tokens[t] = 0;

@@ -36,6 +36,9 @@ void sources_close(Sources *sources);
 // mask_documents the first token of a document is no target: nothing before it tells about it.
 Status sources_fill(Sources *sources, int source, uint64_t window, const Row *row,
                     int64_t *valid) NODISCARD;
+// The same *valid without the row: no token is read.
+Status sources_count_targets(Sources *sources, int source, uint64_t window,
+                             int64_t *valid) NODISCARD;
 // Fills a row that counts for nothing: every target is -1.
 void sources_fill_empty(const Sources *sources, const Row *row);
 // Row `index` of arrays (rows, S); document_start may be NULL.

@@ -175,7 +175,7 @@ START_TEST(uneven_ranks_make_equal_micro_batches) {
         ck_assert_ok(loader_open(&config, NULL, &loader));
         ck_assert_ok(loader_next(loader, &step));
         ck_assert_int_eq(step->num_micro, 2);
-        ck_assert_int_eq(step->valid_targets, rows[config.rank] * SEQUENCE);
+        ck_assert_int_eq(step->valid_targets, 9 * SEQUENCE); // of all ranks
         for (int64_t row = 0; row < 4; row++) {
             const MicroBatch *micro = &step->micro[row / 2];
             for (int64_t t = row % 2 * SEQUENCE; t < (row % 2 + 1) * SEQUENCE; t++) {
@@ -303,6 +303,7 @@ START_TEST(masked_steps_count_valid_targets) {
     config.mask_documents = true;
     Loader *loader;
     const StepBatch *step;
+    int64_t of_step[10];
     ck_assert_ok(loader_open(&config, NULL, &loader));
     for (int s = 0; s < 10; s++) {
         int64_t valid = 0;
@@ -314,8 +315,19 @@ START_TEST(masked_steps_count_valid_targets) {
         ck_assert_int_eq(step->valid_targets, valid);
         ck_assert_int_lt(valid, 24 * SEQUENCE);
         ck_assert(step->wait_seconds >= 0);
+        of_step[s] = valid;
     }
     loader_close(loader);
+    // Every rank counts the targets of all.
+    config.world = 3;
+    for (config.rank = 0; config.rank < 3; config.rank++) {
+        ck_assert_ok(loader_open(&config, NULL, &loader));
+        for (int s = 0; s < 10; s++) {
+            ck_assert_ok(loader_next(loader, &step));
+            ck_assert_int_eq(step->valid_targets, of_step[s]);
+        }
+        loader_close(loader);
+    }
     free(directory);
 }
 END_TEST

@@ -36,7 +36,8 @@ static Status train_loop(Trainer *t) {
     for (;;) {
         watchdog_beat(t->watchdog, t->state.step, "between steps");
         TRY(evaluate_if_due(t));
-        TRY(ranks_agree_on_stop(t));
+        // A rank alone hears of a signal at once, several with the step that follows it.
+        if (t->team.world == 1) TRY(ranks_agree_on_stop(t));
         if (t->stop || t->state.step >= t->total_steps) return STATUS_OK;
         TRY(save_if_due(t));
         watchdog_beat(t->watchdog, t->state.step + 1, "in the step");
@@ -56,7 +57,8 @@ static Status stopped(Trainer *t) {
 // A rank that fails by itself leaves the others waiting for it: they are told at once.
 static Status train_to_the_end(Trainer *t) {
     Communicator *c = t->team.communicator;
-    Status status = train_loop(t);
+    Status status = ranks_agree_on_stop(t);
+    if (status == STATUS_OK) status = train_loop(t);
     if (status == STATUS_OK) status = save_finally(t);
     if (status == STATUS_OK) status = ranks_agree_on_stop(t);
     if (status != STATUS_OK && c) c->ops->abort(c);

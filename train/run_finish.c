@@ -24,7 +24,7 @@ static const char *due_evaluation(const Trainer *t) {
 // same number of micro-batches. *done = false when a request to stop came between.
 static Status run_pass(Trainer *t, bool *done) {
     MicroBatch batch;
-    double none[2] = {0, 0};
+    StepNews none = {.stop = 0};
     bool more;
     *done = false;
     if (t->traffic) TRY(traffic_settle(t->traffic));
@@ -40,7 +40,7 @@ static Status run_pass(Trainer *t, bool *done) {
     }
     *done = true;
     TRY(model_read_sums(t->model, &t->sums));
-    return sum_over_ranks(t, none);
+    return sum_over_ranks(t, &none);
 }
 
 Status evaluate_if_due(Trainer *t) {

@@ -92,10 +92,25 @@ static Status share_signal_name(Trainer *t) {
     return STATUS_OK;
 }
 
+static Status hear_stop(Trainer *t, double ranks) {
+    if (t->stop || ranks == 0) return STATUS_OK;
+    t->stop = true;
+    return share_signal_name(t);
+}
+
 Status ranks_agree_on_stop(Trainer *t) {
     double stop = stop_requested();
     if (t->stop) return STATUS_OK;
     TRY(team_sum(&t->team, &stop, 1));
-    t->stop = stop > 0;
-    return t->stop ? share_signal_name(t) : STATUS_OK;
+    return hear_stop(t, stop);
+}
+
+StepNews ranks_news(const Trainer *t) {
+    bool saving = t->saving_step >= 0 && checkpoint_busy(t->writer);
+    return (StepNews){.stop = stop_requested(), .saving = saving};
+}
+
+Status ranks_hear(Trainer *t, const StepNews *all) {
+    t->others_save = all->saving > 0;
+    return hear_stop(t, all->stop);
 }

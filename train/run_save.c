@@ -37,14 +37,17 @@ static Status save_failed(Trainer *t, int64_t step) {
     return status_prefix(t->save_failure.code, "%d saves in a row failed, the last: ", most);
 }
 
-// Whether some rank's thread is still at work; with `wait`, asks until none is.
+// Whether some rank's thread is still at work, as far as the last step has told; with `wait`, asks
+// until none is.
 static Status somebody_writes(Trainer *t, bool wait, bool *writes) {
     const struct timespec pause = {.tv_nsec = 5 * 1000 * 1000};
+    *writes = t->team.world == 1 ? checkpoint_busy(t->writer) : t->others_save;
+    if (!wait) return STATUS_OK;
     for (;;) {
         double busy = checkpoint_busy(t->writer);
         TRY(team_sum(&t->team, &busy, 1));
         *writes = busy > 0;
-        if (!*writes || !wait) return STATUS_OK;
+        if (!*writes || t->team.world == 1) return STATUS_OK;
         nanosleep(&pause, NULL);
     }
 }
@@ -87,7 +90,7 @@ Status save_collect(Trainer *t, bool wait) {
     while (t->saving_step >= 0) {
         bool writes;
         TRY(somebody_writes(t, wait, &writes));
-        if (writes) return STATUS_OK;
+        if (writes && !(wait && t->team.world == 1)) return STATUS_OK;
         bool complete = t->team.world == 1 || t->publishing;
         int64_t step = t->saving_step;
         Status status = agree_on_save(t, checkpoint_wait(t->writer));

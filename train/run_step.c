@@ -29,17 +29,17 @@ static Status micro_batch(Trainer *t, const StepBatch *batch, int i, const LossW
 // Gradients and sums of each micro-batch by themselves, added up in pairs.
 static Status run_in_pairs(Trainer *t, const StepBatch *batch, const LossWeights *weights) {
     const int layers = t->config.num_layers;
-    double none[2] = {0, 0};
+    StepNews none = {.stop = 0};
     for (int i = 0; i < batch->num_micro; i++) {
         TRY(model_zero_gradients(t->model));
         TRY(model_reset_sums(t->model));
         TRY(micro_batch(t, batch, i, weights));
         TRY(model_read_sums(t->model, &t->sums));
-        step_sums_pack(&t->sums, layers, none, t->row);
+        step_sums_pack(&t->sums, layers, &none, t->row);
         TRY(pairwise_add(t->pairwise, t->row));
     }
     TRY(pairwise_finish(t->pairwise, t->row));
-    step_sums_unpack(t->row, layers, &t->sums, none);
+    step_sums_unpack(t->row, layers, &t->sums, &none);
     return STATUS_OK;
 }
 
@@ -53,10 +53,8 @@ static Status run_one_by_one(Trainer *t, const StepBatch *batch, const LossWeigh
 // Leaves this rank's sums in t->sums, and in the gradients that it owns the sums over all ranks.
 static Status forward_backward(Trainer *t, const StepBatch *batch) {
     const Recipe *r = t->recipe;
-    double targets = (double)batch->valid_targets;
-    TRY(team_sum(&t->team, &targets, 1));
     LossWeights weights = {
-        .target_count = targets > 0 ? targets : 1.0,
+        .target_count = batch->valid_targets > 0 ? (double)batch->valid_targets : 1.0,
         .token_count = (double)recipe_tokens_per_step(r),
         .balance = r->router_balance_weight,
         .z = r->router_z_weight,
@@ -71,12 +69,12 @@ static Status forward_backward(Trainer *t, const StepBatch *batch) {
     return t->traffic ? traffic_reduce(t->traffic) : STATUS_OK;
 }
 
-Status sum_over_ranks(Trainer *t, double gradient[2]) {
+Status sum_over_ranks(Trainer *t, StepNews *news) {
     const int layers = t->config.num_layers;
     if (t->team.world == 1) return STATUS_OK;
-    step_sums_pack(&t->sums, layers, gradient, t->row);
+    step_sums_pack(&t->sums, layers, news, t->row);
     TRY(team_sum(&t->team, t->row, step_sums_count(&t->sums, layers)));
-    step_sums_unpack(t->row, layers, &t->sums, gradient);
+    step_sums_unpack(t->row, layers, &t->sums, news);
     return STATUS_OK;
 }
 
@@ -100,16 +98,17 @@ static Status sum_blocks(Trainer *t, double gradient[2]) {
 // decide the same: a NaN on one is a NaN on all.
 static Status measure(Trainer *t, StepLosses *out) {
     const ModelSums *sums = &t->sums;
-    double gradient[2];
-    TRY(optimizer_gradient_sums(t->optimizer, gradient));
-    TRY(sum_over_ranks(t, gradient));
-    if (t->pairwise) TRY(sum_blocks(t, gradient));
+    StepNews news = ranks_news(t);
+    TRY(optimizer_gradient_sums(t->optimizer, news.gradient));
+    TRY(sum_over_ranks(t, &news));
+    if (t->pairwise) TRY(sum_blocks(t, news.gradient));
+    TRY(ranks_hear(t, &news));
     out->balance = router_balance(&t->config, sums);
     out->z = router_z(&t->config, sums);
     out->cross_entropy = sums->loss_count > 0 ? sums->loss_sum / sums->loss_count : 0;
     out->total = out->cross_entropy + t->recipe->router_balance_weight * out->balance +
                  t->recipe->router_z_weight * out->z;
-    out->norm = optimizer_norm(gradient);
+    out->norm = optimizer_norm(news.gradient);
     return STATUS_OK;
 }
 

@@ -25,6 +25,7 @@
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
+#include "train/step_sums.h"
 #include "train/team.h"
 #include "train/watchdog.h"
 
@@ -72,6 +73,7 @@ typedef struct Trainer {
     bool unsaved;                           // state has moved since the latest save began
     int64_t saved_step;                     // newest step with a complete checkpoint; -1 = none
     int64_t saving_step;                    // of the save in flight; -1 = none
+    bool others_save;                       // some rank still wrote when the last step was made
     bool publishing;                        // several ranks: all have written, rank 0 publishes
     long save_tag;                          // CheckpointOptions.tag
     int failed_saves;                       // in a row
@@ -104,8 +106,12 @@ Status ranks_share_resume(Trainer *t) NODISCARD;
 Status ranks_share_finished(Trainer *t, bool *finished) NODISCARD;
 // Whether any rank has other training shards than rank 0: fails on those that have.
 Status ranks_compare_data(Trainer *t) NODISCARD;
-// Sets t->stop when any rank has been asked to stop.
+// Sets t->stop when any rank has been asked to stop. Asks the others, which waits for weights that
+// are still on their way; between steps what the last one has brought is enough.
 Status ranks_agree_on_stop(Trainer *t) NODISCARD;
+// What this rank has to tell with a step's sums, and what it hears of all.
+StepNews ranks_news(const Trainer *t);
+Status ranks_hear(Trainer *t, const StepNews *all) NODISCARD;
 
 // run_setup.c
 Status trainer_open(Trainer *t) NODISCARD;
@@ -114,8 +120,8 @@ void trainer_close(Trainer *t);
 // run_step.c
 Status train_step(Trainer *t) NODISCARD;
 void report_interval(Trainer *t);
-// t->sums and the sums of the gradients that this rank owns become those of all ranks.
-Status sum_over_ranks(Trainer *t, double gradient[2]) NODISCARD;
+// t->sums and the news of this rank become those of all ranks.
+Status sum_over_ranks(Trainer *t, StepNews *news) NODISCARD;
 
 // run_save.c
 // Starts a save of the present state; collects the one before first.
