@@ -20,9 +20,12 @@ static Status save_if_due(Trainer *t) {
     return due && t->unsaved ? save_begin(t) : STATUS_OK;
 }
 
-static void report_if_due(Trainer *t) {
+static Status report_if_due(Trainer *t) {
     bool last = t->state.step == t->total_steps;
-    if (last || t->state.step % t->recipe->train_log_every == 0) report_interval(t);
+    if (!last && t->state.step % t->recipe->train_log_every != 0) return STATUS_OK;
+    if (t->team.world > 1) TRY(ranks_compare_times(t));
+    report_interval(t);
+    return STATUS_OK;
 }
 
 // What the device reports names the op and the token; this names the step.
@@ -43,7 +46,7 @@ static Status train_loop(Trainer *t) {
         watchdog_beat(t->watchdog, t->state.step + 1, "in the step");
         TRY(one_step(t));
         watchdog_beat(t->watchdog, t->state.step, "after the step");
-        report_if_due(t);
+        TRY(report_if_due(t));
         TRY(save_collect(t, false));
     }
 }

@@ -25,6 +25,7 @@
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
+#include "train/stragglers.h"
 #include "train/step_sums.h"
 #include "train/team.h"
 #include "train/watchdog.h"
@@ -80,6 +81,8 @@ typedef struct Trainer {
     StatusRecord save_failure;              // the newest
     double interval_seconds, interval_wait; // this attempt's part of the interval
     int64_t interval_steps;                 // steps in it, skipped ones included
+    StepTimes own_times;                    // of the interval, without waiting for other ranks
+    Stragglers stragglers;                  // rank 0, once there are several
     double learning_rate;                   // of the latest step
 } Trainer;
 
@@ -106,6 +109,9 @@ Status ranks_share_resume(Trainer *t) NODISCARD;
 Status ranks_share_finished(Trainer *t, bool *finished) NODISCARD;
 // Whether any rank has other training shards than rank 0: fails on those that have.
 Status ranks_compare_data(Trainer *t) NODISCARD;
+// How long the ranks worked on the steps of the interval: to log.jsonl, and a warning that names
+// those which hold up the others.
+Status ranks_compare_times(Trainer *t) NODISCARD;
 // Sets t->stop when any rank has been asked to stop. Asks the others, which waits for weights that
 // are still on their way; between steps what the last one has brought is enough.
 Status ranks_agree_on_stop(Trainer *t) NODISCARD;
