@@ -82,10 +82,12 @@ static void wait_as_told(Trainer *t) {
     if (t->team.communicator) t->team.communicator->timeout_seconds = t->wait_seconds;
 }
 
-// Its limit is a little beyond the communicator's, which knows better who is to blame. It starts
-// when nothing forks any more.
-static Status start_watchdog(Trainer *t) {
+// The watchdog's limit is a little beyond the communicator's, which knows better who is to blame.
+// Threads start when nothing forks any more.
+static Status start_watching(Trainer *t) {
     enum { LATER_SECONDS = 10 };
+    if (strcmp(t->backend->name, "cuda") == 0)
+        TRY(gpu_events_start(NULL, t->options->local_rank == 0, &t->gpu_events));
     double limit = t->recipe->parallel_hang_seconds;
     double later = limit / 4 < LATER_SECONDS ? limit / 4 : LATER_SECONDS;
     return watchdog_start(t->team.rank, limit + later, t->team.communicator, &t->watchdog);
@@ -106,7 +108,7 @@ static Status train(Trainer *t) {
     TRY(trainer_open(t));
     wait_as_told(t);
     if (t->profile) return run_profile(t);
-    TRY(start_watchdog(t));
+    TRY(start_watching(t));
     TRY(train_to_the_end(t));
     if (t->stop) return stopped(t);
     // The others have nothing left to do, and nobody waits for them. Writing the export and reading
@@ -177,6 +179,8 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     stop_signal_install();
     status = train(t);
     watchdog_stop(t->watchdog);
+    status = gpu_events_explain(t->gpu_events, status);
+    gpu_events_stop(t->gpu_events);
     record_end(t, status);
     trainer_close(t);
     stop_signal_restore();

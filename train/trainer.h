@@ -21,6 +21,7 @@
 #include "optim/schedule.h"
 #include "optim/traffic.h"
 #include "train/checkpoint.h"
+#include "train/gpu_events.h"
 #include "train/profile.h"
 #include "train/report.h"
 #include "train/run.h"
@@ -36,12 +37,13 @@
 typedef struct Trainer {
     const Recipe *recipe;
     const RunOptions *options;
-    Backend *backend;    // not owned; with --profile the profile's
-    Profile *profile;    // NULL without --profile
-    Team team;           // the ranks that train together; rank 0 alone writes what is not a slice
-    double wait_seconds; // for another rank in a collective, once steps are made
-    RunDir dir;          // locked by rank 0
-    Watchdog *watchdog;  // from the first step on
+    Backend *backend;      // not owned; with --profile the profile's
+    Profile *profile;      // NULL without --profile
+    Team team;             // the ranks that train together; rank 0 alone writes what is not a slice
+    double wait_seconds;   // for another rank in a collective, once steps are made
+    RunDir dir;            // locked by rank 0
+    GpuEvents *gpu_events; // on a GPU, from the first step on
+    Watchdog *watchdog;    // from the first step on
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 
