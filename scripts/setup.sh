@@ -13,25 +13,33 @@ if [ "${1:-}" = "--dev" ]; then
     packages+=(git check clang libclang-rt-dev cppcheck shellcheck util-linux)
 fi
 
+as_root=()
+[ "$(id -u)" -eq 0 ] || as_root=(sudo)
+is_installed() { dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null | grep -qx installed; }
+install_packages() {
+    if [ "${#as_root[@]}" -gt 0 ] && ! command -v sudo >/dev/null; then
+        echo "setup: not root and no sudo; please install: $*" >&2
+        return 1
+    fi
+    "${as_root[@]}" apt-get update -qq &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 missing=()
 for package in "${packages[@]}"; do
-    if ! dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed; then
-        missing+=("$package")
-    fi
+    is_installed "$package" || missing+=("$package")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
     echo "setup: installing ${missing[*]}"
-    as_root=()
-    if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || {
-            echo "setup: not root and no sudo; please install: ${missing[*]}" >&2
-            exit 1
-        }
-        as_root=(sudo)
-    fi
-    "${as_root[@]}" apt-get update -qq
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    install_packages "${missing[@]}"
+fi
+
+# A Slurm for tests/test_slurm.sh, which is skipped without one.
+if [ "${1:-}" = "--dev" ] && ! { is_installed slurm-wlm && is_installed munge; }; then
+    echo "setup: installing slurm-wlm and munge"
+    install_packages slurm-wlm munge ||
+        echo "setup: no Slurm here; what tests it will be skipped" >&2
 fi
 
 # The stamp holds the requirements it was made from: a change of the file rebuilds the environment.

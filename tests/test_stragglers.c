@@ -58,6 +58,10 @@ START_TEST(two_ranks_and_none) {
     ck_assert_int_eq(judge(&s, 1, 1.6, 0, 0), 2);
     ck_assert_int_eq(judge(&s, 1.6, 1, 0, 0), 1);
     stragglers_close(&s);
+    ck_assert_ok(stragglers_open(2, 1.5, 10, &s)); // steps of milliseconds
+    ck_assert_int_eq(judge(&s, 0.002, 0.011, 0, 0), 0);
+    ck_assert_int_eq(judge(&s, 0.002, 0.013, 0, 0), 2);
+    stragglers_close(&s);
     ck_assert_ok(stragglers_open(2, 0, 10, &s)); // switched off
     ck_assert_int_eq(judge(&s, 1, 100, 0, 0), 0);
     stragglers_close(&s);

@@ -3,6 +3,9 @@
 
 #include <stdlib.h>
 
+// Steps of a few milliseconds vary that much by themselves.
+static const double NOTHING_SECONDS = 0.01;
+
 static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
@@ -48,7 +51,8 @@ int stragglers_judge(Stragglers *stragglers, const double *medians, int64_t step
     for (int r = 0; r < stragglers->world; r++) sorted[r] = medians[r];
     qsort(sorted, (size_t)stragglers->world, sizeof *sorted, compare_doubles);
     // The lower one of two in the middle: of two ranks, the faster one is what is normal.
-    double limit = stragglers->ratio * sorted[(stragglers->world - 1) / 2];
+    double normal = sorted[(stragglers->world - 1) / 2], limit = stragglers->ratio * normal;
+    if (limit < normal + NOTHING_SECONDS) limit = normal + NOTHING_SECONDS;
     free(sorted);
     for (int r = 0; r < stragglers->world; r++) {
         int64_t *in_a_row = &stragglers->steps[r];

@@ -3,7 +3,8 @@
 // Ranks that train together take the same time for a step: the fast ones wait. What tells them
 // apart is the time in which a rank does not wait for others. Each rank notes it per step; at a log
 // line they compare the medians. A rank beyond `ratio` times the median of all for
-// `patience` steps in a row is named, once until it has caught up.
+// `patience` steps in a row, and by more than some milliseconds, is named, once until it has
+// caught up.
 #ifndef TRAIN_STRAGGLERS_H
 #define TRAIN_STRAGGLERS_H
 

@@ -24,7 +24,7 @@ typedef struct Arguments {
     bool on_gpus;                // --gpus
     int max_restarts;
     RunOptions run;
-    bool dry_run, plan_only, surgery_only;
+    bool dry_run, plan_only, surgery_only, print_directory;
     bool help, version, markdown;
 } Arguments;
 
@@ -51,6 +51,7 @@ static const char usage_text[] =
     "  --surgery-only           also write the fused, untrained model to <run>/surgery, stop\n"
     "  --profile N              time N training steps op by op, print the table, stop; uses the\n"
     "                           directory <run>-profile and leaves the run itself alone\n"
+    "  --print-directory        print the run's directory, do nothing; for scripts\n"
     "  --help, --version\n"
     "\n"
     "Exit codes: 0 done, 2 usage, 65 bad data, 66 missing input, 70 internal, 73 cannot write,\n"
@@ -73,6 +74,7 @@ static const struct option options[] = {
     {"plan-only", no_argument, NULL, 'p'},
     {"surgery-only", no_argument, NULL, 'o'},
     {"profile", required_argument, NULL, 't'},
+    {"print-directory", no_argument, NULL, 'l'},
     {"help", no_argument, NULL, 'h'},
     {"version", no_argument, NULL, 'v'},
     {"print-settings-markdown", no_argument, NULL, 'm'}, // makes docs/recipe.md; not in --help
@@ -146,6 +148,9 @@ static Status read_option(int option, Arguments *arguments) {
         return read_ranks("--gpus", arguments);
     case 'a':
         return read_number("--max-restarts", "restarts", 0, MAX_RESTARTS, &arguments->max_restarts);
+    case 'l':
+        arguments->print_directory = true;
+        break;
     case 'h':
         arguments->help = true;
         break;
@@ -222,6 +227,13 @@ static Status start_ranks(const Arguments *arguments, int ranks, int argc, char 
     return status;
 }
 
+static Status print_directory(const Recipe *recipe) {
+    char name[RECIPE_TEXT_MAX];
+    TRY(recipe_run_name(recipe, name, sizeof name));
+    printf("%s/%s\n", recipe->run_directory, name);
+    return STATUS_OK;
+}
+
 static bool only_prints(const Arguments *arguments) {
     return arguments->dry_run || arguments->plan_only || arguments->surgery_only;
 }
@@ -230,8 +242,9 @@ static bool only_prints(const Arguments *arguments) {
 // been printed by them.
 static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **argv, int *exit_code) {
     Launch launch;
-    TRY(launch_from_environment(&launch));
     TRY(load(arguments, recipe));
+    if (arguments->print_directory) return print_directory(recipe);
+    TRY(launch_from_environment(&launch));
     int processes = recipe->parallel_processes > 0 ? (int)recipe->parallel_processes : 1;
     int ranks = launch.kind == LAUNCH_NONE ? processes : launch.world;
     if (only_prints(arguments) && launch.rank > 0) return STATUS_OK; // rank 0 does it

@@ -145,10 +145,24 @@ static Status train(World *world, const Recipe *recipe, const RunOptions *option
     return run_training_on(world->backend, recipe, &connected);
 }
 
+// A scheduler may end all ranks as soon as one has ended with a code other than 0 (srun
+// --kill-on-bad-exit), so none of those that have saved leaves before rank 0 has written what there
+// is to write.
+static void leave_together(const World *world) {
+    StatusRecord record;
+    status_take(&record);
+    char *all = calloc((size_t)world->launch->world, 1), own = 1;
+    if (all && rendezvous_all_gather(world->rendezvous, "the end", &own, 1, all) != STATUS_OK)
+        log_debug("%s", status_message());
+    free(all);
+    status_put(&record);
+}
+
 Status world_run_training(const Launch *launch, const Recipe *recipe, const RunOptions *options) {
     if (launch->world == 1) return run_training(recipe, options);
     World world = {.launch = launch};
     Status status = train(&world, recipe, options);
+    if (status == STATUS_PREEMPTED) leave_together(&world);
     communicator_destroy(world.communicator);
     backend_destroy(world.backend);
     rendezvous_close(world.rendezvous);
