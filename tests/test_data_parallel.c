@@ -570,8 +570,12 @@ START_TEST(batches_that_do_not_divide_are_refused_by_all) {
     Job job = job_of(tiny_moe_recipe("odd"));
     ranks_start(3, &comm_options, run_rank, &job);
     ranks_join(3);
-    for (int r = 0; r < 3; r++) ranks_expect(r, STATUS_USAGE, "times 3 ranks; start 2 ranks");
+    for (int r = 0; r < 3; r++) ranks_expect(r, STATUS_USAGE, "times 3 ranks; set train.global_batch = 6");
     ck_assert(!io_exists(tiny_run_path("odd", "lock")));
+    ranks_start(4, &comm_options, run_rank, &job);
+    ranks_join(4);
+    for (int r = 0; r < 4; r++)
+        ranks_expect(r, STATUS_USAGE, "times 4 ranks; set train.micro_batch = 1,");
 }
 END_TEST
 
