@@ -66,7 +66,7 @@ struct Communicator {
     const CommunicatorOps *ops;
     int rank, world;
     double timeout_seconds; // may be changed between collectives; counts from the next one on
-    bool tree; // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
+    bool tree;              // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
     // followed by the communicator's own state
 };
 

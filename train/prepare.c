@@ -72,6 +72,10 @@ static Status check_shares(const Recipe *recipe, int world) {
 Status prepare_check_world(const Recipe *recipe, const Backend *backend, int world) {
     if (world == 1) return STATUS_OK;
     TRY(check_shares(recipe, world));
+    if (recipe->parallel_pairwise && recipe->parallel_zero == ZERO_2)
+        FAIL(STATUS_USAGE,
+             "parallel.pairwise = true sums up whole gradients, which no rank has with "
+             "parallel.zero = 2; set it to 1");
     if (backend->compute_dtype == DTYPE_F32) return STATUS_OK;
     const char *key = recipe->checkpoint_dtype == WEIGHTS_F32 ? "checkpoint.dtype"
                       : recipe->export_hf && recipe->export_dtype == WEIGHTS_F32 ? "export.dtype"
