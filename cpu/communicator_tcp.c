@@ -63,6 +63,12 @@ static Status begin(TcpCommunicator *c, ExchangeKind kind, CommType type, CommRe
     return STATUS_OK;
 }
 
+static Status run(TcpCommunicator *c) {
+    Status status = exchange_run(&c->exchange);
+    c->base.waited_seconds = c->exchange.waited_seconds;
+    return status;
+}
+
 // --- Reductions ----------------------------------------------------------------------------------
 
 static bool window_is_full(TcpCommunicator *c) {
@@ -113,7 +119,7 @@ static Status scatter_parts(TcpCommunicator *c, char *values, const int64_t *at,
     for (int r = 0; r < c->base.world; r++)
         if (r != rank) channel_send(channel_of(c, r), values + at[r], (size_t)(at[r + 1] - at[r]));
     set_reduction(c, values + at[rank], (size_t)(at[rank + 1] - at[rank]), type, reduce);
-    return exchange_run(&c->exchange);
+    return run(c);
 }
 
 // Part `rank` is sent to all, the others' come to their places.
@@ -125,7 +131,7 @@ static Status gather_parts(TcpCommunicator *c, char *values, const int64_t *at, 
         channel_send(channel_of(c, r), values + at[rank], (size_t)(at[rank + 1] - at[rank]));
         channel_recv(channel_of(c, r), values + at[r], (size_t)(at[r + 1] - at[r]));
     }
-    return exchange_run(&c->exchange);
+    return run(c);
 }
 
 // Nearly equal parts of `count` elements.
@@ -150,7 +156,7 @@ static Status all_reduce(Communicator *communicator, void *values, int64_t count
     for (int r = 0; r < c->base.world; r++)
         if (r != c->base.rank) channel_send(channel_of(c, r), c->small, bytes);
     set_reduction(c, values, bytes, type, reduce);
-    return exchange_run(&c->exchange);
+    return run(c);
 }
 
 static Status reduce_scatter(Communicator *communicator, void *values, int64_t part, CommType type,
@@ -181,7 +187,7 @@ static Status broadcast(Communicator *communicator, void *values, int64_t count,
     if (c->base.rank != root) channel_recv(channel_of(c, root), values, bytes);
     for (int r = 0; r < c->base.world && c->base.rank == root; r++)
         if (r != root) channel_send(channel_of(c, r), values, bytes);
-    return exchange_run(&c->exchange);
+    return run(c);
 }
 
 static Status all_to_all(Communicator *communicator, const void *send, const int64_t *send_at,
@@ -200,7 +206,7 @@ static Status all_to_all(Communicator *communicator, const void *send, const int
     if (send_bytes[rank] > 0)
         memcpy((char *)recv + recv_at[rank], (const char *)send + send_at[rank],
                (size_t)send_bytes[rank]);
-    return exchange_run(&c->exchange);
+    return run(c);
 }
 
 // --- The rest of the table -----------------------------------------------------------------------

@@ -302,6 +302,7 @@ static Status rest(Exchange *exchange, int *culprit) {
     // An abort shuts the sockets, which ends the sleep; the limit is for a race with its flag.
     if (until > now + WAIT_MAX_SECONDS) until = now + WAIT_MAX_SECONDS;
     (void)poll(exchange->polls, (nfds_t)count, net_poll_ms(until));
+    exchange->waited_seconds += clock_seconds() - now;
     return STATUS_OK;
 }
 

@@ -65,11 +65,12 @@ typedef void (*ExchangeTaker)(void *context);
 typedef struct Exchange {
     int rank, world;
     double timeout_seconds;
-    Channel *channels;    // (world)
-    struct pollfd *polls; // (world)
-    int *poll_ranks;      // (world) whose entry of `polls` it is
-    ExchangeHeader head;  // of the collective now running
-    ExchangeTaker take;   // or NULL
+    double waited_seconds; // asleep in poll, so far
+    Channel *channels;     // (world)
+    struct pollfd *polls;  // (world)
+    int *poll_ranks;       // (world) whose entry of `polls` it is
+    ExchangeHeader head;   // of the collective now running
+    ExchangeTaker take;    // or NULL
     void *take_context;
     atomic_bool aborted;
     atomic_int kind; // ExchangeKind and sequence of the newest collective, for other threads

@@ -67,6 +67,9 @@ struct Communicator {
     int rank, world;
     double timeout_seconds; // may be changed between collectives; counts from the next one on
     bool tree;              // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
+    // How long this rank has waited for others so far, for finding the one that the others wait
+    // for; 0 where the communicator cannot tell.
+    double waited_seconds;
     // followed by the communicator's own state
 };
 

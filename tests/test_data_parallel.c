@@ -535,6 +535,52 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
 }
 END_TEST
 
+// A rank whose micro-batches take 30 ms longer.
+static Status slow_cross_entropy(Backend *backend, const LinearCrossEntropyArgs *args) {
+    usleep(30000);
+    return spoil.cross_entropy(backend, args);
+}
+
+static Status train_slowly(const Recipe *recipe, const RunOptions *options) {
+    Backend *backend;
+    TRY(prepare_backend(recipe, &backend));
+    static BackendOps ops;
+    ops = *backend->ops;
+    spoil.cross_entropy = ops.linear_cross_entropy;
+    ops.linear_cross_entropy = slow_cross_entropy;
+    backend->ops = &ops;
+    Status status = run_training_on(backend, recipe, options);
+    backend_destroy(backend);
+    return status;
+}
+
+START_TEST(a_slow_rank_is_named_once) {
+    tiny_prepare();
+    for (int slow = 0; slow < 2; slow++) {
+        Job job = job_of(tiny_moe_recipe(slow ? "slow" : "even"));
+        tiny_set(&job.recipe, "parallel.straggler_steps=9");
+        tiny_set(&job.recipe, "parallel.straggler_ratio=%s", slow ? "1.5" : "1000");
+        job.victim = 1;
+        if (slow) job.train = train_slowly;
+        run_ok(2, &job);
+    }
+    ck_assert_uint_eq(tiny_count_events("even", "straggler"), 0);
+    ck_assert_uint_eq(tiny_count_events("slow", "straggler"), 1);
+    expect_same_run_of(2, "even", "slow"); // and nothing else is different
+    json_t *lines = tiny_log("slow", "ranks"), *line;
+    size_t i;
+    ck_assert_uint_eq(json_array_size(lines), tiny_count("slow", "step"));
+    json_array_foreach(lines, i, line) {
+        const json_t *seconds = json_object_get(line, "seconds");
+        ck_assert_uint_eq(json_array_size(seconds), 2);
+        // Rank 0 waits for rank 1; that is not counted as its own time.
+        double fast = json_number_value(json_array_get(seconds, 0));
+        ck_assert_double_lt(fast, json_number_value(json_array_get(seconds, 1)) - 0.015);
+    }
+    json_decref(lines);
+}
+END_TEST
+
 // Writes of the files whose path contains `part` fail, `times` times.
 typedef struct FullDisk {
     const char *part;
@@ -663,7 +709,7 @@ TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_sam
                   TEST(a_killed_rank_ends_all_and_the_same_command_continues),
                   TEST(a_signal_to_one_rank_stops_all),
                   TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
-                  TEST(bad_numbers_on_one_rank_are_skipped_by_all),
+                  TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
                   TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
                   TEST(batches_that_do_not_divide_are_refused_by_all),
                   TEST(other_shards_on_one_rank_are_refused_by_all),

@@ -303,6 +303,19 @@ void report_eval(Report *report, int64_t step, const char *name, double loss, do
     write_scalars(report, step, 2);
 }
 
+void report_ranks(Report *report, int64_t step, const double *medians, const double *maxima,
+                  int world) {
+    if (!report) return;
+    json_t *record = new_record("ranks", step), *middle = json_array(), *most = json_array();
+    for (int r = 0; r < world; r++) {
+        json_array_append_new(middle, json_real(medians[r]));
+        json_array_append_new(most, json_real(maxima[r]));
+    }
+    json_object_set_new(record, "seconds", middle);
+    json_object_set_new(record, "max_seconds", most);
+    write_record(report, record, NULL);
+}
+
 void report_event(Report *report, int64_t step, const char *kind, const char *text) {
     if (!report) return;
     json_t *record = new_record("event", step);

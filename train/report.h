@@ -7,6 +7,8 @@
 //    "experts": [{"layer", "load": [share of each expert], "max_load", "max_over_mean", "entropy",
 //                 "dead"}, ...]}         "experts" only where StepReport.sums was given
 //   {"kind": "eval", "step", "time", "name", "loss", "perplexity", "targets"}
+//   {"kind": "ranks", "step", "time", "seconds": [median step of each rank, without waiting for
+//    others], "max_seconds": [...]}         with several ranks
 //   {"kind": "event", "step", "time", "event", "text"}
 // Numbers that are not finite are null. Losses have 17 digits: equal lines are equal runs.
 #ifndef TRAIN_REPORT_H
@@ -44,6 +46,9 @@ void report_step(Report *report, const StepReport *step);
 // `name` says which evaluation it is ("start", "valid", "end"). A step and name that an earlier
 // attempt has recorded already are not recorded again.
 void report_eval(Report *report, int64_t step, const char *name, double loss, double targets);
+// How long the ranks worked on the interval's steps, each (world).
+void report_ranks(Report *report, int64_t step, const double *medians, const double *maxima,
+                  int world);
 // A record of something that happened; what the console should say of it is the caller's.
 void report_event(Report *report, int64_t step, const char *kind, const char *text);
 // The transient progress bar between lines (terminals only).

@@ -20,9 +20,12 @@ static Status save_if_due(Trainer *t) {
     return due && t->unsaved ? save_begin(t) : STATUS_OK;
 }
 
-static void report_if_due(Trainer *t) {
+static Status report_if_due(Trainer *t) {
     bool last = t->state.step == t->total_steps;
-    if (last || t->state.step % t->recipe->train_log_every == 0) report_interval(t);
+    if (!last && t->state.step % t->recipe->train_log_every != 0) return STATUS_OK;
+    if (t->team.world > 1) TRY(ranks_compare_times(t));
+    report_interval(t);
+    return STATUS_OK;
 }
 
 // What the device reports names the op and the token; this names the step.
@@ -34,13 +37,16 @@ static Status one_step(Trainer *t) {
 
 static Status train_loop(Trainer *t) {
     for (;;) {
+        watchdog_beat(t->watchdog, t->state.step, "between steps");
         TRY(evaluate_if_due(t));
         // A rank alone hears of a signal at once, several with the step that follows it.
         if (t->team.world == 1) TRY(ranks_agree_on_stop(t));
         if (t->stop || t->state.step >= t->total_steps) return STATUS_OK;
         TRY(save_if_due(t));
+        watchdog_beat(t->watchdog, t->state.step + 1, "in the step");
         TRY(one_step(t));
-        report_if_due(t);
+        watchdog_beat(t->watchdog, t->state.step, "after the step");
+        TRY(report_if_due(t));
         TRY(save_collect(t, false));
     }
 }
@@ -76,6 +82,17 @@ static void wait_as_told(Trainer *t) {
     if (t->team.communicator) t->team.communicator->timeout_seconds = t->wait_seconds;
 }
 
+// The watchdog's limit is a little beyond the communicator's, which knows better who is to blame.
+// Threads start when nothing forks any more.
+static Status start_watching(Trainer *t) {
+    enum { LATER_SECONDS = 10 };
+    if (strcmp(t->backend->name, "cuda") == 0)
+        TRY(gpu_events_start(NULL, t->options->local_rank == 0, &t->gpu_events));
+    double limit = t->recipe->parallel_hang_seconds;
+    double later = limit / 4 < LATER_SECONDS ? limit / 4 : LATER_SECONDS;
+    return watchdog_start(t->team.rank, limit + later, t->team.communicator, &t->watchdog);
+}
+
 static Status train(Trainer *t) {
     bool finished;
     TRY(ranks_first_only(t, resume_choose));
@@ -91,9 +108,13 @@ static Status train(Trainer *t) {
     TRY(trainer_open(t));
     wait_as_told(t);
     if (t->profile) return run_profile(t);
+    TRY(start_watching(t));
     TRY(train_to_the_end(t));
     if (t->stop) return stopped(t);
-    // The others have nothing left to do, and nobody waits for them.
+    // The others have nothing left to do, and nobody waits for them. Writing the export and reading
+    // it back takes long for a large model.
+    watchdog_beat(t->watchdog, t->state.step, "in the export");
+    watchdog_allow(t->watchdog, (double)t->recipe->parallel_setup_seconds);
     return t->team.rank == 0 ? finish_run(t) : STATUS_OK;
 }
 
@@ -157,6 +178,9 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     TRY_GOTO(open_directory(t), done);
     stop_signal_install();
     status = train(t);
+    watchdog_stop(t->watchdog);
+    status = gpu_events_explain(t->gpu_events, status);
+    gpu_events_stop(t->gpu_events);
     record_end(t, status);
     trainer_close(t);
     stop_signal_restore();

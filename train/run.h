@@ -23,6 +23,7 @@ typedef struct RunOptions {
     // Connects the ranks that train together, for the backend of the run; NULL: this process trains
     // alone. Not owned. Its `tree` is set from the recipe.
     Communicator *communicator;
+    int local_rank; // among the ranks of this machine; the first speaks for its GPUs
 } RunOptions;
 
 // --- prepare.c: from a recipe to what the run works with ---------------------------------------

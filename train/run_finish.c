@@ -36,6 +36,7 @@ static Status run_pass(Trainer *t, bool *done) {
         TRY(fixed_pass_next(t->valid, &batch, &more));
         if (!more) break;
         TRY(model_forward(t->model, &batch));
+        watchdog_beat(t->watchdog, t->state.step, "in the evaluation");
     }
     *done = true;
     TRY(model_read_sums(t->model, &t->sums));

@@ -5,8 +5,12 @@
 // start-up ends in team_agree, on every rank, also where a rank had nothing to do.
 #include "train/trainer.h"
 
+#include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+#include "base/log.h"
 #include "train/stop_signal.h"
 
 // --- Parts of the start-up -----------------------------------------------------------------------
@@ -77,6 +81,52 @@ Status ranks_compare_data(Trainer *t) {
                              "all ranks must see the same files",
                              t->recipe->data_train, t->identity.data_fingerprint, first);
     return team_agree(&t->team, status);
+}
+
+// --- Who holds up the others ---------------------------------------------------------------------
+
+typedef struct RankTimes {
+    double median, maximum; // seconds
+    char host[64];
+} RankTimes;
+
+static void warn_of_stragglers(Trainer *t, const RankTimes *times, const double *medians) {
+    bool slow[TEAM_RANKS_MAX];
+    char text[256];
+    if (stragglers_judge(&t->stragglers, medians, t->interval_steps, slow) == 0) return;
+    for (int r = 0; r < t->team.world; r++) {
+        if (!slow[r]) continue;
+        snprintf(
+            text, sizeof text,
+            "rank %d on %.63s holds up the others: its steps take %.3g s without waiting, more "
+            "than %.3g times the median of the ranks",
+            r, times[r].host, times[r].median, t->stragglers.ratio);
+        log_warn("step %" PRId64 ": %s", t->state.step, text);
+        report_event(t->report, t->state.step, "straggler", text);
+    }
+}
+
+Status ranks_compare_times(Trainer *t) {
+    const int world = t->team.world;
+    Status status = STATUS_OK;
+    RankTimes *times = calloc((size_t)world, sizeof *times);
+    double *medians = calloc(2 * (size_t)world, sizeof *medians);
+    if (!times || !medians) FAIL_GOTO(done, STATUS_INTERNAL, "out of memory: %d ranks", world);
+    RankTimes *own = &times[t->team.rank];
+    step_times_take(&t->own_times, &own->median, &own->maximum);
+    if (gethostname(own->host, sizeof own->host - 1) != 0) strcpy(own->host, "unknown");
+    TRY_GOTO(team_gather(&t->team, times, sizeof *times), done);
+    if (t->team.rank > 0) goto done;
+    for (int r = 0; r < world; r++) {
+        medians[r] = times[r].median;
+        medians[world + r] = times[r].maximum;
+    }
+    report_ranks(t->report, t->state.step, medians, medians + world, world);
+    warn_of_stragglers(t, times, medians);
+done:
+    free(times);
+    free(medians);
+    return status;
 }
 
 // --- Between steps -------------------------------------------------------------------------------

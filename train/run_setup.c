@@ -170,6 +170,8 @@ Status trainer_open(Trainer *t) {
     source_close(t->source);
     t->source = NULL;
     TRY(status);
+    TRY(stragglers_open(t->team.world, t->recipe->parallel_straggler_ratio,
+                        t->recipe->parallel_straggler_steps, &t->stragglers));
     say_what_starts(t);
     return STATUS_OK;
 }
@@ -180,6 +182,7 @@ void trainer_close(Trainer *t) {
     traffic_destroy(t->traffic);
     pairwise_destroy(t->pairwise);
     free(t->row);
+    stragglers_close(&t->stragglers);
     if (t->model) model_sums_free(&t->sums);
     model_destroy(t->model);
     if (t->valid) fixed_pass_close(t->valid);

@@ -194,7 +194,8 @@ static Status update(Trainer *t, const StepBatch *batch, StepLosses *losses) {
 Status train_step(Trainer *t) {
     const StepBatch *batch;
     StepLosses losses;
-    double start = clock_seconds();
+    const Communicator *c = t->team.communicator;
+    double start = clock_seconds(), waited = c ? c->waited_seconds : 0;
     range(t, "step");
     range(t, "wait for data");
     TRY(loader_next(t->loader, &batch));
@@ -212,7 +213,9 @@ Status train_step(Trainer *t) {
     t->unsaved = true;
     t->interval_steps++;
     t->interval_wait += batch->wait_seconds;
-    t->interval_seconds += clock_seconds() - start;
+    double seconds = clock_seconds() - start;
+    t->interval_seconds += seconds;
+    if (c) step_times_add(&t->own_times, seconds - (c->waited_seconds - waited));
     show_progress(t, losses.total);
     return STATUS_OK;
 }

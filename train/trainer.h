@@ -21,12 +21,15 @@
 #include "optim/schedule.h"
 #include "optim/traffic.h"
 #include "train/checkpoint.h"
+#include "train/gpu_events.h"
 #include "train/profile.h"
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
+#include "train/stragglers.h"
 #include "train/step_sums.h"
 #include "train/team.h"
+#include "train/watchdog.h"
 
 #define RESULT_NAME    "result.json" // <run>/result.json: written when everything is done
 #define PROFILE_SUFFIX "-profile"    // of the run's name with --profile
@@ -34,11 +37,13 @@
 typedef struct Trainer {
     const Recipe *recipe;
     const RunOptions *options;
-    Backend *backend;    // not owned; with --profile the profile's
-    Profile *profile;    // NULL without --profile
-    Team team;           // the ranks that train together; rank 0 alone writes what is not a slice
-    double wait_seconds; // for another rank in a collective, once steps are made
-    RunDir dir;          // locked by rank 0
+    Backend *backend;      // not owned; with --profile the profile's
+    Profile *profile;      // NULL without --profile
+    Team team;             // the ranks that train together; rank 0 alone writes what is not a slice
+    double wait_seconds;   // for another rank in a collective, once steps are made
+    RunDir dir;            // locked by rank 0
+    GpuEvents *gpu_events; // on a GPU, from the first step on
+    Watchdog *watchdog;    // from the first step on
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 
@@ -78,6 +83,8 @@ typedef struct Trainer {
     StatusRecord save_failure;              // the newest
     double interval_seconds, interval_wait; // this attempt's part of the interval
     int64_t interval_steps;                 // steps in it, skipped ones included
+    StepTimes own_times;                    // of the interval, without waiting for other ranks
+    Stragglers stragglers;                  // rank 0, once there are several
     double learning_rate;                   // of the latest step
 } Trainer;
 
@@ -104,6 +111,9 @@ Status ranks_share_resume(Trainer *t) NODISCARD;
 Status ranks_share_finished(Trainer *t, bool *finished) NODISCARD;
 // Whether any rank has other training shards than rank 0: fails on those that have.
 Status ranks_compare_data(Trainer *t) NODISCARD;
+// How long the ranks worked on the steps of the interval: to log.jsonl, and a warning that names
+// those which hold up the others.
+Status ranks_compare_times(Trainer *t) NODISCARD;
 // Sets t->stop when any rank has been asked to stop. Asks the others, which waits for weights that
 // are still on their way; between steps what the last one has brought is enough.
 Status ranks_agree_on_stop(Trainer *t) NODISCARD;

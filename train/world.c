@@ -141,6 +141,7 @@ static Status train(World *world, const Recipe *recipe, const RunOptions *option
     TRY(agree(world, "connections", connect_ranks(world, recipe)));
     RunOptions connected = *options;
     connected.communicator = world->communicator;
+    connected.local_rank = world->launch->local_rank;
     return run_training_on(world->backend, recipe, &connected);
 }
 

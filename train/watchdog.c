@@ -1,0 +1,129 @@
+// The watchdog's thread (train/watchdog.h). What it reads is atomic, so that a beat costs a few
+// stores; a beat's step and phase may be one beat apart in the log, which nobody minds.
+#include "train/watchdog.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+#include "base/clock.h"
+#include "base/log.h"
+
+enum { LOOKS_PER_LIMIT = 10, LEAVE_SECONDS = 10, LOOK_SECONDS_MAX = 5 };
+
+struct Watchdog {
+    int rank;
+    Communicator *communicator;
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    bool stopped;         // guarded by mutex
+    _Atomic double limit; // seconds
+    atomic_llong beat_ns; // of the latest beat
+    atomic_llong step;
+    _Atomic(const char *) phase;
+};
+
+// Waits for so long, or until the watchdog is stopped: then true.
+static bool rest(Watchdog *w, double seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    int64_t ns = until.tv_nsec + (int64_t)(seconds * 1e9);
+    until.tv_sec += ns / 1000000000;
+    until.tv_nsec = ns % 1000000000;
+    pthread_mutex_lock(&w->mutex);
+    while (!w->stopped && pthread_cond_timedwait(&w->changed, &w->mutex, &until) != ETIMEDOUT)
+        continue;
+    bool stopped = w->stopped;
+    pthread_mutex_unlock(&w->mutex);
+    return stopped;
+}
+
+static void end_rank(Watchdog *w, double idle) {
+    CommTicket ticket = 0;
+    const char *last =
+        w->communicator ? w->communicator->ops->last(w->communicator, &ticket) : "none";
+    log_error("rank %d has made no progress for %.0f s: step %lld, %s, last collective %s number "
+              "%" PRId64 "; it hangs, so this rank ends (exit code %d)",
+              w->rank, idle, (long long)atomic_load(&w->step), atomic_load(&w->phase), last, ticket,
+              STATUS_COMMUNICATION);
+    if (w->communicator) w->communicator->ops->abort(w->communicator);
+    double limit = atomic_load(&w->limit);
+    if (rest(w, limit < LEAVE_SECONDS ? limit : LEAVE_SECONDS)) return; // it could help itself
+    _exit(STATUS_COMMUNICATION);
+}
+
+static void *look_after(void *context) {
+    Watchdog *w = context;
+    CommTicket seen = 0;
+    int64_t moved_ns = 0;
+    for (;;) {
+        double limit = atomic_load(&w->limit), pause = limit / LOOKS_PER_LIMIT;
+        if (rest(w, pause < LOOK_SECONDS_MAX ? pause : LOOK_SECONDS_MAX)) return NULL;
+        CommTicket ticket = 0;
+        int64_t now = clock_monotonic_ns(), beat = atomic_load(&w->beat_ns);
+        if (w->communicator) (void)w->communicator->ops->last(w->communicator, &ticket);
+        if (ticket != seen) moved_ns = now;
+        seen = ticket;
+        double idle = (double)(now - (beat > moved_ns ? beat : moved_ns)) * 1e-9;
+        if (idle < atomic_load(&w->limit)) continue;
+        end_rank(w, idle);
+        return NULL;
+    }
+}
+
+Status watchdog_start(int rank, double seconds, Communicator *communicator, Watchdog **out) {
+    pthread_condattr_t attributes;
+    sigset_t all, before;
+    *out = NULL;
+    Watchdog *w = calloc(1, sizeof *w);
+    if (!w) FAIL(STATUS_INTERNAL, "out of memory for the watchdog");
+    w->rank = rank;
+    w->communicator = communicator;
+    atomic_store(&w->limit, seconds);
+    watchdog_beat(w, 0, "start");
+    pthread_mutex_init(&w->mutex, NULL);
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    sigfillset(&all); // signals are the main thread's
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&w->thread, NULL, look_after, w);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error) {
+        free(w);
+        FAIL(STATUS_INTERNAL, "cannot start the watchdog's thread: error %d", error);
+    }
+    *out = w;
+    return STATUS_OK;
+}
+
+void watchdog_beat(Watchdog *w, int64_t step, const char *phase) {
+    if (!w) return;
+    atomic_store(&w->step, step);
+    atomic_store(&w->phase, phase);
+    atomic_store(&w->beat_ns, clock_monotonic_ns());
+}
+
+void watchdog_allow(Watchdog *w, double seconds) {
+    if (!w) return;
+    atomic_store(&w->beat_ns, clock_monotonic_ns());
+    atomic_store(&w->limit, seconds);
+}
+
+void watchdog_stop(Watchdog *w) {
+    if (!w) return;
+    pthread_mutex_lock(&w->mutex);
+    w->stopped = true;
+    pthread_cond_signal(&w->changed);
+    pthread_mutex_unlock(&w->mutex);
+    pthread_join(w->thread, NULL);
+    pthread_cond_destroy(&w->changed);
+    pthread_mutex_destroy(&w->mutex);
+    free(w);
+}
