@@ -93,6 +93,7 @@ static const BackendOps cpu_ops = {
     .adamw = cpu_adamw,
     .norm2 = cpu_norm2,
     .row_similarity = cpu_row_similarity,
+    .accumulate = cpu_accumulate,
     .add = cpu_add,
     .cast = cpu_cast,
     .destroy = destroy,

@@ -124,6 +124,7 @@ Status cpu_adamw(Backend *backend, const AdamwArgs *args) NODISCARD;
 Status cpu_norm2(Backend *backend, DType dtype, const void *grad, int64_t count,
                  double *sums) NODISCARD;
 Status cpu_row_similarity(Backend *backend, const RowSimilarityArgs *args) NODISCARD;
+Status cpu_accumulate(Backend *, float *sum, DType, const void *values, int64_t count);
 Status cpu_add(Backend *backend, void *a, const void *b, int64_t count) NODISCARD;
 Status cpu_cast(Backend *backend, DType to, void *out, DType from, const void *in,
                 int64_t count) NODISCARD;

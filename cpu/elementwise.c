@@ -1,4 +1,4 @@
-// a += b, and casts between element types.
+// Sums, and casts between element types.
 #include <string.h>
 #include "cpu/cpu.h"
 
@@ -8,6 +8,12 @@ Status cpu_add(Backend *backend, void *a, const void *b, int64_t count) {
 #pragma omp parallel for simd num_threads(backend->num_threads) schedule(static)
     for (int64_t i = 0; i < count; i++) to[i] += from[i];
     return STATUS_OK;
+}
+
+Status cpu_accumulate(Backend *backend, float *sum, DType dtype, const void *values,
+                      int64_t count) {
+    INVARIANT(dtype == DTYPE_F32);
+    return cpu_add(backend, sum, values, count);
 }
 
 enum { CAST_BLOCK = 4096 };

@@ -344,6 +344,8 @@ typedef struct BackendOps {
     Status (*norm2)(Backend *, DType dtype, const void *grad, int64_t count,
                     double *sums) NODISCARD;
     Status (*row_similarity)(Backend *, const RowSimilarityArgs *) NODISCARD;
+    // sum += values, in fp32. NULL where a backend has not got it: ranks cannot share gradients.
+    Status (*accumulate)(Backend *, float *sum, DType, const void *values, int64_t count) NODISCARD;
     // a += b, compute_dtype.
     Status (*add)(Backend *, void *a, const void *b, int64_t count) NODISCARD;
     Status (*cast)(Backend *, DType to, void *out, DType from, const void *in,

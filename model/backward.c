@@ -59,12 +59,30 @@ static Status final_from(const Pass *p, int64_t from) {
     return STATUS_OK;
 }
 
+// Where ranks share gradients, those of the layer after the next lie where this layer's will.
+static Status reuse(const Pass *p, int layer) {
+    const Model *model = p->model;
+    Backend *backend = model->backend;
+    GradientGap gaps[GRADIENT_GAPS_MAX];
+    if (model->window.layer == 0) return STATUS_OK;
+    if (layer + 2 < model->config.num_layers)
+        TRY(model->hooks->gradients_reused(model->hooks->context,
+                                           model->table.layers[layer + 2].qkv_weight));
+    const int count = gradient_gaps(&model->table, layer, gaps);
+    for (int i = 0; i < count; i++)
+        TRY(backend->ops->zero(backend,
+                               (char *)model->grads + model_gradient_bytes(model, gaps[i].begin),
+                               (size_t)gaps[i].count * dtype_bytes(backend->grad_dtype)));
+    return STATUS_OK;
+}
+
 static Status backward_layer(const Pass *p, int layer) {
     Model *model = p->model;
     const LayerOffsets *at = &model->table.layers[layer];
     // The last layer's buffers still hold what the forward pass left there.
     if (model->options.recompute.layer && layer < model->config.num_layers - 1)
         TRY(forward_layer_again(p, layer));
+    TRY(reuse(p, layer));
     TRY(backward_mlp(p, layer));
     TRY(final_from(p, at->gate_up));
     TRY(backward_attention(p, layer));
@@ -100,6 +118,8 @@ static Status run_pass(const Pass *p) {
 Status model_forward_backward(Model *model, const MicroBatch *batch, const LossWeights *weights) {
     INVARIANT(model->options.training && batch->targets != NULL);
     INVARIANT(weights->token_count > 0); // a divisor of the router losses' gradients
+    INVARIANT(model->window.layer == 0 ||
+              (model->no_gradients_yet && model->hooks && model->hooks->gradients_reused));
     Pass p;
     TRY(forward_begin(model, batch, weights, &p));
     p.first_gradients = model->no_gradients_yet;

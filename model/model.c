@@ -31,6 +31,15 @@ static Status check_options(const ModelConfig *config, const ModelOptions *o) {
     return STATUS_OK;
 }
 
+Status model_table(const ModelConfig *config, const ModelOptions *options, TensorTable *out) {
+    const int ranks = options->ranks > 1 ? options->ranks : 1;
+    int64_t section = options->share_gradients ? (int64_t)ranks * TENSOR_ALIGN : TENSOR_ALIGN;
+    TRY(tensor_table_build_sections(config, section, out));
+    Status status = tensor_table_pad(out, ranks);
+    if (status != STATUS_OK) tensor_table_free(out);
+    return status;
+}
+
 // A model with a table and a layout, but no device memory.
 static Status create_shell(Backend *backend, const ModelConfig *config, const ModelOptions *options,
                            Model **out) {
@@ -42,8 +51,8 @@ static Status create_shell(Backend *backend, const ModelConfig *config, const Mo
     model->backend = backend;
     model->config = *config;
     model->options = *options;
-    TRY_GOTO(tensor_table_build(config, &model->table), fail);
-    if (options->ranks > 1) TRY_GOTO(tensor_table_pad(&model->table, options->ranks), fail);
+    TRY_GOTO(model_table(config, options, &model->table), fail);
+    if (options->share_gradients) model->window = gradient_window(&model->table);
     TRY_GOTO(activations_create(model), fail);
     model->activations->workspace_bytes = args_workspace_bytes(model);
     *out = model;
@@ -71,7 +80,7 @@ static Status plan_shell(const Model *model, MemoryPlan *plan) {
     if (has_own_master(model))
         TRY(memory_plan_add(plan, "master weights", arena_bytes(model, DTYPE_F32)));
     if (model->options.training)
-        TRY(memory_plan_add(plan, "gradients", arena_bytes(model, backend->grad_dtype)));
+        TRY(memory_plan_add(plan, "gradients", model_gradient_bytes(model, model->table.total)));
     if (a->kept_bytes) TRY(memory_plan_add(plan, "activations", a->kept_bytes));
     TRY(memory_plan_add(plan, "activation buffers", a->shared_bytes));
     if (a->workspace_bytes) TRY(memory_plan_add(plan, "workspace", a->workspace_bytes));
@@ -98,7 +107,7 @@ static Status allocate(Model *model) {
     else if (backend->compute_dtype == DTYPE_F32)
         model->master = model->params;
     if (model->options.training) {
-        TRY(ops->alloc(backend, arena_bytes(model, backend->grad_dtype), &model->grads));
+        TRY(ops->alloc(backend, model_gradient_bytes(model, model->table.total), &model->grads));
         TRY(replay_create(&model->replay));
     }
     return activations_allocate(model);
@@ -130,11 +139,15 @@ void model_destroy(Model *model) {
     free(model);
 }
 
+size_t model_gradient_bytes(const Model *model, int64_t offset) {
+    return gradient_bytes(&model->table, &model->window, model->backend->grad_dtype, offset);
+}
+
 // Elements [begin, end) of the gradients.
 static Status zero_range(Model *model, int64_t begin, int64_t end) {
     Backend *backend = model->backend;
-    const size_t first = tensor_table_copy_bytes(&model->table, backend->grad_dtype, begin);
-    const size_t last = tensor_table_copy_bytes(&model->table, backend->grad_dtype, end);
+    const size_t first = model_gradient_bytes(model, begin);
+    const size_t last = model_gradient_bytes(model, end);
     return backend->ops->zero(backend, (char *)model->grads + first, last - first);
 }
 

@@ -15,6 +15,7 @@
 #include "base/status.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/gradient_window.h"
 #include "model/source.h"
 #include "model/tensor_table.h"
 
@@ -32,6 +33,7 @@ typedef struct ModelOptions {
     Recompute recompute;
     int64_t loss_chunk_tokens; // rows of logits at once; 0 = the backend's choice
     int ranks; // that share the arenas in equal parts (tensor_table_pad); 0 and 1: just this one
+    bool share_gradients; // no rank keeps them all: model/gradient_window.h
 } ModelOptions;
 
 // Weights of the training objective for one micro-batch (METHOD.md §5).
@@ -70,6 +72,9 @@ typedef struct ModelHooks {
     // The backward pass adds nothing more to the matrices' elements from `from` on, which falls
     // from call to call; 0 = nothing more to any gradient.
     Status (*gradients_final)(void *context, int64_t from);
+    // Only with share_gradients: the matrices' gradients from element `from` on, which are final,
+    // are about to be written over.
+    Status (*gradients_reused)(void *context, int64_t from);
 } ModelHooks;
 
 // Elements [begin, begin + count) of the fp32 weights, where a rank has only some of them.
@@ -88,8 +93,9 @@ typedef struct Model {
                    // on other backends when not training, or when ranks share it
     const MasterPart *master_parts; // the optimizer's, where ranks share it; loading fills them
     int num_master_parts;
-    void *grads; // grad_dtype with an fp32 router tail (byte offsets by tensor_table_copy_bytes);
-                 // NULL when not training
+    void *grads; // grad_dtype with an fp32 router tail (byte offsets by model_gradient_bytes); NULL
+                 // when not training
+    GradientWindow window;
     bool no_gradients_yet; // since model_zero_gradients: the next backward assigns the matrices'
     struct Activations *activations; // model/activations.h
     struct Replay *replay;           // model/replay.h; NULL when not training
@@ -102,6 +108,10 @@ typedef struct Model {
 // and row_similarity, too.
 Status model_plan(Backend *backend, const ModelConfig *config, const ModelOptions *options,
                   MemoryPlan *plan) NODISCARD;
+// The table of a model with these options: padded for the ranks, and in sections where they share
+// gradients.
+Status model_table(const ModelConfig *config, const ModelOptions *options,
+                   TensorTable *out) NODISCARD;
 Status model_create(Backend *backend, const ModelConfig *config, const ModelOptions *options,
                     Model **out) NODISCARD;
 void model_destroy(Model *model);
@@ -114,6 +124,8 @@ Status model_init_random(Model *model, uint64_t seed, float stddev) NODISCARD;
 // lives.
 Status model_source(Model *model, TensorSource **out) NODISCARD;
 
+// Byte offset in the gradients of element `offset` of the arenas.
+size_t model_gradient_bytes(const Model *model, int64_t offset);
 // The gradients count as zero from here on. Those of matrices still hold what they held: the next
 // model_forward_backward assigns them. Read none in between.
 Status model_zero_gradients(Model *model) NODISCARD;
@@ -122,7 +134,9 @@ Status model_zero_gradients(Model *model) NODISCARD;
 //
 // Forward only; adds to the sums. Without targets (NULL) the LM head and the loss are left out.
 Status model_forward(Model *model, const MicroBatch *batch) NODISCARD;
-// Forward and backward of loss = CE + α·LB + ζ·Z; adds to the sums and the gradients.
+// Forward and backward of loss = CE + α·LB + ζ·Z; adds to the sums and the gradients. With
+// share_gradients there is no adding: model_zero_gradients comes before each micro-batch, and the
+// hooks take the gradients away.
 Status model_forward_backward(Model *model, const MicroBatch *batch,
                               const LossWeights *weights) NODISCARD;
 // Logits (tokens, V) in fp32 on the host for one sequence; tokens <= B*S.

@@ -22,7 +22,8 @@ static void *weight(const Model *model, int64_t offset) {
 }
 
 static void *gradient(const Model *model, int64_t offset) {
-    return at(model, model->grads, model->backend->grad_dtype, offset);
+    if (!model->grads || offset < 0) return NULL;
+    return (char *)model->grads + model_gradient_bytes(model, offset);
 }
 
 // --- Embedding and norms -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ static const int64_t MAX_ELEMENTS = INT64_C(1) << 50;
 typedef struct Builder {
     TensorTable *table;
     bool counting;   // only count tensors
+    int64_t section; // alignment of sections
     int64_t end;     // elements so far, gaps included
     int64_t skipped; // parameters of experts that one token does not use
     bool overflow;
@@ -29,6 +30,11 @@ typedef struct Builder {
 // Starts a packed group: the next tensor lies at a multiple of TENSOR_ALIGN. Returns its offset.
 static int64_t begin_group(Builder *b) {
     b->end = (int64_t)round_up((uint64_t)b->end, TENSOR_ALIGN);
+    return b->end;
+}
+
+static int64_t begin_section(Builder *b) {
+    b->end = (int64_t)round_up((uint64_t)b->end, (uint64_t)b->section);
     return b->end;
 }
 
@@ -135,6 +141,7 @@ static void walk_matrices(Builder *b, const ModelConfig *c) {
     for (int layer = 0; layer < c->num_layers; layer++) {
         LayerOffsets *at = &table->layers[layer];
         *at = (LayerOffsets){-1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+        begin_section(b);
         add_attention(b, c, layer, at);
         if (config_layer_is_moe(c, layer))
             add_experts(b, c, layer, at);
@@ -143,7 +150,7 @@ static void walk_matrices(Builder *b, const ModelConfig *c) {
     }
     table->lm_head = table->embed;
     if (c->tie_word_embeddings) return;
-    table->lm_head = begin_group(b);
+    table->lm_head = begin_section(b);
     add(b, head, c->vocab_size, c->hidden_size, "lm_head.weight");
 }
 
@@ -151,7 +158,7 @@ static void walk(Builder *b, const ModelConfig *c) {
     const Tensor norm = {.role = ROLE_NORM, .layer = -1, .expert = -1};
     TensorTable *table = b->table;
     walk_matrices(b, c);
-    table->vectors_begin = begin_group(b);
+    table->vectors_begin = begin_section(b);
     for (int layer = 0; layer < c->num_layers; layer++)
         add_vectors(b, c, layer, &table->layers[layer]);
     table->final_norm = begin_group(b);
@@ -173,8 +180,8 @@ static int compare_names(const void *a, const void *b) {
     return strcmp((*(const Tensor *const *)a)->name, (*(const Tensor *const *)b)->name);
 }
 
-static Status fill(const ModelConfig *config, TensorTable *out) {
-    Builder counter = {.table = out, .counting = true};
+static Status fill(const ModelConfig *config, int64_t section, TensorTable *out) {
+    Builder counter = {.table = out, .counting = true, .section = section};
     walk(&counter, config);
     if (counter.overflow)
         FAIL(STATUS_BAD_DATA, "the model has more than 2^50 parameters, expected fewer");
@@ -186,7 +193,7 @@ static Status fill(const ModelConfig *config, TensorTable *out) {
 
     out->count = 0;
     out->parameters = 0;
-    Builder builder = {.table = out};
+    Builder builder = {.table = out, .section = section};
     walk(&builder, config);
     INVARIANT(out->count == count);
     out->active_parameters = out->parameters - builder.skipped;
@@ -196,12 +203,17 @@ static Status fill(const ModelConfig *config, TensorTable *out) {
 }
 
 Status tensor_table_build(const ModelConfig *config, TensorTable *out) {
+    return tensor_table_build_sections(config, TENSOR_ALIGN, out);
+}
+
+Status tensor_table_build_sections(const ModelConfig *config, int64_t section, TensorTable *out) {
+    INVARIANT(section > 0 && section % TENSOR_ALIGN == 0);
     memset(out, 0, sizeof *out);
     out->num_layers = config->num_layers;
     out->layers = malloc((size_t)config->num_layers * sizeof *out->layers);
     if (!out->layers)
         FAIL(STATUS_INTERNAL, "out of memory for the offsets of %d layers", config->num_layers);
-    Status status = fill(config, out);
+    Status status = fill(config, section, out);
     if (status != STATUS_OK) tensor_table_free(out);
     return status;
 }

@@ -69,6 +69,11 @@ typedef struct TensorTable {
 
 // `config` has passed config_validate. Fails on more elements than can be addressed, or no memory.
 Status tensor_table_build(const ModelConfig *config, TensorTable *out) NODISCARD;
+// The same, but the sections of the arenas - embedding, each layer's matrices, LM head, vectors -
+// begin at multiples of `section` elements, itself a multiple of TENSOR_ALIGN, so that each section
+// can be cut by itself.
+Status tensor_table_build_sections(const ModelConfig *config, int64_t section,
+                                   TensorTable *out) NODISCARD;
 void tensor_table_free(TensorTable *table);
 // Lengthens the gaps at the end of the body (before router_begin) and at the end of the arena, so
 // that both divide into `ranks` parts of a multiple of TENSOR_ALIGN elements. With 1, which changes

@@ -100,7 +100,7 @@ Status optimizer_create(Model *model, const OptimizerOptions *options, Traffic *
     optimizer->partition = traffic ? &traffic->partition : &optimizer->alone;
     Backend *backend = model->backend;
     if (!traffic)
-        TRY_GOTO(partition_create(&model->table, 0, 1, INT64_MAX, &optimizer->alone), fail);
+        TRY_GOTO(partition_create(&model->table, 0, 1, INT64_MAX, false, &optimizer->alone), fail);
     size_t bytes = (size_t)optimizer->partition->owned * dtype_bytes(options->state_dtype);
     TRY_GOTO(build_runs(optimizer), fail);
     TRY_GOTO(create_master(optimizer), fail);
@@ -134,10 +134,17 @@ void optimizer_destroy(Optimizer *optimizer) {
 
 // --- A step --------------------------------------------------------------------------------------
 
-static const void *gradient_at(const Optimizer *optimizer, int64_t element) {
+// The gradients of what this rank owns: where the model has them, or in fp32 where ranks share
+// them.
+static const void *gradient_at(const Optimizer *optimizer, int64_t element, int64_t state) {
     const Model *model = optimizer->model;
-    return (const char *)model->grads +
-           tensor_table_copy_bytes(&model->table, model->backend->grad_dtype, element);
+    if (optimizer->traffic && optimizer->traffic->sums) return optimizer->traffic->sums + state;
+    return (const char *)model->grads + model_gradient_bytes(model, element);
+}
+
+static DType gradient_dtype(const Optimizer *optimizer, bool router) {
+    bool wide = router || (optimizer->traffic && optimizer->traffic->sums);
+    return wide ? DTYPE_F32 : optimizer->model->backend->grad_dtype;
 }
 
 Status optimizer_gradient_sums(Optimizer *optimizer, double sums[2]) {
@@ -147,9 +154,9 @@ Status optimizer_gradient_sums(Optimizer *optimizer, double sums[2]) {
     for (int i = 0; i < partition->count; i++) {
         const int64_t begin = partition_begin(partition, i);
         bool router = begin >= optimizer->model->table.router_begin;
-        TRY(backend->ops->norm2(backend, router ? DTYPE_F32 : backend->grad_dtype,
-                                gradient_at(optimizer, begin), partition->buckets[i].part,
-                                optimizer->sums));
+        TRY(backend->ops->norm2(backend, gradient_dtype(optimizer, router),
+                                gradient_at(optimizer, begin, partition->buckets[i].state),
+                                partition->buckets[i].part, optimizer->sums));
     }
     return backend->ops->download(backend, sums, optimizer->sums, 2 * sizeof *sums);
 }
@@ -174,8 +181,8 @@ static Status update_run(Optimizer *optimizer, const OptimizerRun *run, AdamwArg
     args.m = (char *)optimizer->m + state_at;
     args.v = (char *)optimizer->v + state_at;
     args.state_dtype = optimizer->options.state_dtype;
-    args.grad = gradient_at(optimizer, run->begin);
-    args.grad_dtype = run->router ? DTYPE_F32 : model->backend->grad_dtype;
+    args.grad = gradient_at(optimizer, run->begin, run->state);
+    args.grad_dtype = gradient_dtype(optimizer, run->router);
     args.weight_decay = run->decays ? optimizer->options.weight_decay : 0.0;
     // On an fp32 backend the master is the working copy.
     if (model->params != (void *)model->master) {

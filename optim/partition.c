@@ -26,13 +26,27 @@ static void own_all(const TensorTable *table, Partition *out) {
     if (table->total > table->router_begin) add(out, table->router_begin, table->total);
 }
 
-// Whole buckets are counted from the end of the matrices, where the backward pass begins; what is
-// left over is the bucket at the beginning.
-static void cut(const TensorTable *table, int64_t unit, int64_t length, Partition *out) {
+// [from, to) of the body. Whole buckets are counted from its end, where the backward pass begins;
+// what is left over is the bucket at the beginning.
+static void cut_range(int64_t from, int64_t to, int64_t length, Partition *out) {
+    int64_t left = (to - from) % length;
+    if (left > 0) add(out, from, from + left);
+    for (int64_t begin = from + left; begin < to; begin += length) add(out, begin, begin + length);
+}
+
+static void cut(const TensorTable *table, int64_t unit, int64_t length, bool by_section,
+                Partition *out) {
     const int64_t vectors = table->vectors_begin / unit * unit;
-    int64_t begin = 0, left = vectors % length;
-    if (left > 0) add(out, 0, left);
-    for (begin = left; begin < vectors; begin += length) add(out, begin, begin + length);
+    int64_t begin = 0;
+    for (int layer = 0; layer < table->num_layers && by_section; layer++) {
+        cut_range(begin, table->layers[layer].qkv_weight, length, out);
+        begin = table->layers[layer].qkv_weight;
+    }
+    if (by_section && table->lm_head != table->embed) {
+        cut_range(begin, table->lm_head, length, out);
+        begin = table->lm_head;
+    }
+    cut_range(begin, vectors, length, out);
     out->vectors = out->count;
     add(out, vectors, table->router_begin);
     for (begin = table->router_begin; begin < table->total;) {
@@ -43,12 +57,13 @@ static void cut(const TensorTable *table, int64_t unit, int64_t length, Partitio
 }
 
 Status partition_create(const TensorTable *table, int rank, int world, int64_t bucket_elements,
-                        Partition *out) {
+                        bool by_section, Partition *out) {
     const int64_t unit = (int64_t)world * TENSOR_ALIGN, tail = table->total - table->router_begin;
     INVARIANT(world >= 1 && rank >= 0 && rank < world && bucket_elements >= 1);
     *out = (Partition){.rank = rank, .world = world};
     const int64_t length = bucket_elements < unit ? unit : bucket_elements / unit * unit;
-    size_t most = 4 + (size_t)(table->router_begin / length) + (size_t)(tail / length);
+    size_t most = 6 + (size_t)table->num_layers + (size_t)(table->router_begin / length) +
+                  (size_t)(tail / length);
     out->buckets = malloc(most * sizeof *out->buckets);
     if (!out->buckets) FAIL(STATUS_INTERNAL, "out of memory for %zu buckets", most);
     if (world == 1) {
@@ -56,7 +71,9 @@ Status partition_create(const TensorTable *table, int rank, int world, int64_t b
         return STATUS_OK;
     }
     INVARIANT(table->router_begin % unit == 0 && tail % unit == 0);
-    cut(table, unit, length, out);
+    for (int layer = 0; layer < table->num_layers && by_section; layer++)
+        INVARIANT(table->layers[layer].qkv_weight % unit == 0);
+    cut(table, unit, length, by_section, out);
     INVARIANT((size_t)out->count <= most && out->owned * world == table->total);
     return STATUS_OK;
 }

@@ -18,6 +18,10 @@
 // the beginning to the end. partition_order() is the order of backward; read backwards it is that
 // of forward.
 //
+// Where ranks share gradients, too, no bucket reaches from one section into the next, because their
+// gradients do not lie side by side (model/gradient_window.h): each section is cut by itself, its
+// table is padded for it (tensor_table_build_sections).
+//
 // With one rank there are two buckets, the body and the routers, and it owns both.
 #ifndef OPTIM_PARTITION_H
 #define OPTIM_PARTITION_H
@@ -42,10 +46,11 @@ typedef struct Partition {
     int64_t owned; // elements of this rank: the same on every rank
 } Partition;
 
-// `table` has been padded for `world` ranks (tensor_table_pad). A bucket has at most
-// `bucket_elements` elements, or as few as divide where that is less than one part's alignment.
+// `table` has been padded for `world` ranks (tensor_table_pad), and each section of it when they
+// are to be cut `by_section`. A bucket has at most `bucket_elements` elements, or as few as divide
+// where that is less than one part's alignment.
 Status partition_create(const TensorTable *table, int rank, int world, int64_t bucket_elements,
-                        Partition *out) NODISCARD;
+                        bool by_section, Partition *out) NODISCARD;
 void partition_free(Partition *partition);
 
 // First element that this rank owns of a bucket; it owns bucket->part of them.

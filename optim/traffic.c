@@ -15,17 +15,18 @@ static CommType type_of(const Traffic *traffic, int bucket, DType body) {
     return tail || body == DTYPE_F32 ? COMM_F32 : COMM_BF16;
 }
 
-static void *element(const Traffic *traffic, void *arena, int bucket, DType body) {
-    int64_t begin = traffic->partition.buckets[bucket].begin;
-    return (char *)arena + tensor_table_copy_bytes(&traffic->model->table, body, begin);
+static char *gradients(const Traffic *traffic, int bucket) {
+    const Model *model = traffic->model;
+    return (char *)model->grads +
+           model_gradient_bytes(model, traffic->partition.buckets[bucket].begin);
 }
 
 static Status start_reduce(Traffic *traffic, int bucket) {
     Communicator *comm = traffic->communicator;
-    DType dtype = traffic->model->backend->grad_dtype;
-    TRY(comm->ops->reduce_scatter(comm, element(traffic, traffic->model->grads, bucket, dtype),
-                                  traffic->partition.buckets[bucket].part,
-                                  type_of(traffic, bucket, dtype), &traffic->last));
+    TRY(comm->ops->reduce_scatter(
+        comm, gradients(traffic, bucket), traffic->partition.buckets[bucket].part,
+        type_of(traffic, bucket, traffic->model->backend->grad_dtype), &traffic->sent[bucket]));
+    traffic->last = traffic->sent[bucket];
     return STATUS_OK;
 }
 
@@ -39,6 +40,39 @@ static Status reduce_from(Traffic *traffic, int64_t from) {
         traffic->reduced++;
     }
     return STATUS_OK;
+}
+
+// What this rank owns of a bucket that has been summed over ranks joins the sums of the step.
+static Status collect(Traffic *traffic, int bucket) {
+    Communicator *comm = traffic->communicator;
+    Backend *backend = traffic->model->backend;
+    const Partition *partition = &traffic->partition;
+    const Bucket *b = &partition->buckets[bucket];
+    const DType dtype =
+        type_of(traffic, bucket, backend->grad_dtype) == COMM_F32 ? DTYPE_F32 : backend->grad_dtype;
+    const char *own =
+        gradients(traffic, bucket) + (size_t)(partition->rank * b->part) * dtype_bytes(dtype);
+    TRY(comm->ops->wait(comm, traffic->sent[bucket]));
+    if (traffic->first)
+        return backend->ops->cast(backend, DTYPE_F32, traffic->sums + b->state, dtype, own,
+                                  b->part);
+    return backend->ops->accumulate(backend, traffic->sums + b->state, dtype, own, b->part);
+}
+
+// Every bucket that has been sent and begins at element `from` or later.
+static Status collect_from(Traffic *traffic, int64_t from) {
+    const Partition *partition = &traffic->partition;
+    while (traffic->collected < traffic->reduced) {
+        int bucket = partition_order(partition, traffic->collected);
+        if (partition->buckets[bucket].begin < from) break;
+        TRY(collect(traffic, bucket));
+        traffic->collected++;
+    }
+    return STATUS_OK;
+}
+
+static Status on_reuse(void *context, int64_t from) {
+    return collect_from(context, from);
 }
 
 static Status on_gradients(void *context, int64_t from) {
@@ -66,25 +100,34 @@ static Status on_weights(void *context, int64_t end) {
 }
 
 const ModelHooks *traffic_hooks(Traffic *traffic, bool first, bool last) {
+    bool shared = traffic->sums != NULL, sends = last || shared;
+    if (first) traffic->first = true;
     traffic->hooks = (ModelHooks){.context = traffic,
                                   .weights_needed = first ? on_weights : NULL,
-                                  .gradients_final = last ? on_gradients : NULL};
-    return first || last ? &traffic->hooks : NULL;
+                                  .gradients_final = sends ? on_gradients : NULL,
+                                  .gradients_reused = shared ? on_reuse : NULL};
+    return first || sends ? &traffic->hooks : NULL;
 }
 
 Status traffic_reduce(Traffic *traffic) {
     Communicator *comm = traffic->communicator;
     TRY(reduce_from(traffic, 0));
-    traffic->reduced = 0;
-    TRY(comm->ops->wait(comm, traffic->last));
+    if (traffic->sums)
+        TRY(collect_from(traffic, 0));
+    else
+        TRY(comm->ops->wait(comm, traffic->last));
+    traffic->reduced = traffic->collected = 0;
+    traffic->first = false;
     return STATUS_OK;
 }
 
 Status traffic_gather(Traffic *traffic, int bucket) {
     Communicator *comm = traffic->communicator;
     DType dtype = traffic->model->backend->compute_dtype;
-    TRY(comm->ops->all_gather(comm, element(traffic, traffic->model->params, bucket, dtype),
-                              traffic->partition.buckets[bucket].part,
+    const int64_t begin = traffic->partition.buckets[bucket].begin;
+    char *weights = (char *)traffic->model->params +
+                    tensor_table_copy_bytes(&traffic->model->table, dtype, begin);
+    TRY(comm->ops->all_gather(comm, weights, traffic->partition.buckets[bucket].part,
                               type_of(traffic, bucket, dtype), &traffic->gathered[bucket]));
     traffic->last = traffic->gathered[bucket];
     return STATUS_OK;
@@ -96,6 +139,29 @@ Status traffic_settle(Traffic *traffic) {
     return STATUS_OK;
 }
 
+Status traffic_plan(const TensorTable *table, const ModelOptions *options, MemoryPlan *plan) {
+    if (!options->share_gradients) return STATUS_OK;
+    return memory_plan_add(plan, "gradient sums",
+                           (uint64_t)(table->total / options->ranks) * sizeof(float));
+}
+
+static Status allocate(Traffic *traffic) {
+    Backend *backend = traffic->model->backend;
+    const size_t count = (size_t)traffic->partition.count;
+    traffic->gathered = malloc(count * sizeof *traffic->gathered);
+    traffic->sent = calloc(count, sizeof *traffic->sent);
+    if (!traffic->gathered || !traffic->sent)
+        FAIL(STATUS_INTERNAL, "out of memory for %zu buckets", count);
+    for (size_t i = 0; i < count; i++) traffic->gathered[i] = -1;
+    if (!traffic->model->options.share_gradients) return STATUS_OK;
+    if (!backend->ops->accumulate)
+        FAIL(STATUS_USAGE,
+             "parallel.zero = 2: the %s backend cannot add up shared gradients; set it to 1",
+             backend->name);
+    return backend->ops->alloc(backend, (size_t)traffic->partition.owned * sizeof(float),
+                               (void **)&traffic->sums);
+}
+
 Status traffic_create(Communicator *communicator, Model *model, int64_t bucket_bytes,
                       Traffic **out) {
     Status status = STATUS_OK;
@@ -105,12 +171,10 @@ Status traffic_create(Communicator *communicator, Model *model, int64_t bucket_b
     traffic->communicator = communicator;
     traffic->model = model;
     TRY_GOTO(partition_create(&model->table, communicator->rank, communicator->world,
-                              elements > 0 ? elements : 1, &traffic->partition),
+                              elements > 0 ? elements : 1, model->options.share_gradients,
+                              &traffic->partition),
              fail);
-    traffic->gathered = malloc((size_t)traffic->partition.count * sizeof *traffic->gathered);
-    if (!traffic->gathered)
-        FAIL_GOTO(fail, STATUS_INTERNAL, "out of memory for %d buckets", traffic->partition.count);
-    for (int i = 0; i < traffic->partition.count; i++) traffic->gathered[i] = -1;
+    TRY_GOTO(allocate(traffic), fail);
     *out = traffic;
     return STATUS_OK;
 fail:
@@ -121,7 +185,10 @@ fail:
 void traffic_destroy(Traffic *traffic) {
     if (!traffic) return;
     if (traffic->model->hooks == &traffic->hooks) traffic->model->hooks = NULL;
+    if (traffic->sums)
+        traffic->model->backend->ops->release(traffic->model->backend, traffic->sums);
     partition_free(&traffic->partition);
     free(traffic->gathered);
+    free(traffic->sent);
     free(traffic);
 }

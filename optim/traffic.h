@@ -10,6 +10,11 @@
 //      traffic_gather() after each, which starts the bucket's all-gather.
 //   4. The first micro-batch of the next step runs with traffic_hooks(), which wait for a bucket's
 //      weights right before a layer reads them. Whoever else reads weights says traffic_settle().
+//
+// Where ranks share gradients, too (ZeRO-2, ModelOptions.share_gradients), every micro-batch runs
+// with hooks and traffic_reduce: what a rank owns of a bucket is added to its fp32 sums as soon as
+// it is there, and the model's memory is free for the next layer. traffic_reduce ends each
+// micro-batch.
 #ifndef OPTIM_TRAFFIC_H
 #define OPTIM_TRAFFIC_H
 
@@ -22,19 +27,28 @@ typedef struct Traffic {
     Model *model;
     Partition partition;
     ModelHooks hooks;
-    int reduced;          // buckets whose reduce-scatter has been started in this step
+    int reduced;          // buckets whose reduce-scatter has been started in this pass
     CommTicket last;      // of the newest collective started
+    float *sums;          // (partition.owned) device memory; NULL unless gradients are shared
+    bool first;           // this pass is the step's first: its gradients are assigned to the sums
+    int collected;        // buckets added to the sums in this pass
+    CommTicket *sent;     // (count) of each bucket's newest reduce-scatter
     CommTicket *gathered; // (count) of each bucket's newest all-gather; -1 = waited for
 } Traffic;
 
 // The model has been created with ModelOptions.ranks = the communicator's world. A bucket is about
-// `bucket_bytes` of gradients. The traffic owns neither communicator nor model.
+// `bucket_bytes` of gradients. The traffic owns neither communicator nor model. STATUS_USAGE where
+// the model shares gradients and its backend cannot add them up.
 Status traffic_create(Communicator *communicator, Model *model, int64_t bucket_bytes,
                       Traffic **out) NODISCARD;
 void traffic_destroy(Traffic *traffic); // NULL is fine
 
+// Adds "gradient sums" where ranks share gradients.
+Status traffic_plan(const TensorTable *table, const ModelOptions *options,
+                    MemoryPlan *plan) NODISCARD;
+
 // The hooks of a micro-batch (Model.hooks): waiting for weights in the first of a step, sending
-// gradients in the last; NULL for one that is neither.
+// gradients in the last, or in each where ranks share them; NULL for one that does neither.
 const ModelHooks *traffic_hooks(Traffic *traffic, bool first, bool last);
 Status traffic_reduce(Traffic *traffic) NODISCARD;
 Status traffic_gather(Traffic *traffic, int bucket) NODISCARD;

@@ -253,7 +253,7 @@ END_TEST
 // stream of its own relies on. Dense, MoE and untied models; one and several micro-batches a rank.
 START_TEST(collectives_may_happen_at_the_last_moment) {
     tiny_prepare();
-    for (int variant = 0; variant < 4; variant++) {
+    for (int variant = 0; variant < 6; variant++) {
         char names[2][32];
         for (int lazy = 0; lazy < 2; lazy++) {
             snprintf(names[lazy], sizeof names[lazy], "lazy%d_%d", variant, lazy);
@@ -263,6 +263,7 @@ START_TEST(collectives_may_happen_at_the_last_moment) {
             if (variant == 1) tiny_set(&job.recipe, "train.recompute=layer");
             if (variant > 1) tiny_set(&job.recipe, "model.tie_word_embeddings=false");
             if (variant == 3) tiny_set(&job.recipe, "parallel.pairwise=true");
+            if (variant > 3) tiny_set(&job.recipe, "parallel.zero=2");
             job.lazy = lazy;
             run_ok(2, &job);
             // Many buckets are on their way at the same time, while passes run.
@@ -271,6 +272,36 @@ START_TEST(collectives_may_happen_at_the_last_moment) {
         }
         expect_same_run_of(2, names[0], names[1]);
     }
+}
+END_TEST
+
+// Shared gradients. With one micro-batch a rank the sums are the same ones; the norm, which would
+// scale them, is added up over other buckets.
+START_TEST(shared_gradients_train_the_same) {
+    tiny_prepare();
+    for (int shared = 0; shared < 2; shared++) {
+        Job job = job_of(tiny_moe_recipe(shared ? "shared" : "kept"));
+        tiny_set(&job.recipe, "optim.clip_norm=0");
+        tiny_set(&job.recipe, "parallel.zero=%d", shared + 1);
+        run_ok(2, &job);
+        Job many = job_of_twelve(shared ? "shared12" : "kept12");
+        tiny_set(&many.recipe, "parallel.zero=%d", shared + 1);
+        run_ok(3, &many);
+    }
+    ck_assert(state_difference("kept", "shared") == 0);
+    ck_assert(loss_difference("kept", "shared", "step") == 0);
+    ck_assert(state_difference("kept12", "shared12") > 0);
+    ck_assert_double_lt(loss_difference("kept12", "shared12", "step"), 1e-4);
+    // Continued where gradients are kept, by another number of ranks.
+    Job job = job_of_twelve("shared12");
+    tiny_set(&job.recipe, "train.steps=%d", TINY_STEPS + 8);
+    run_ok(4, &job);
+    Job refused = job_of_twelve("refused");
+    tiny_set(&refused.recipe, "parallel.zero=2");
+    tiny_set(&refused.recipe, "parallel.pairwise=true");
+    ranks_start(2, &comm_options, run_rank, &refused);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_USAGE, "parallel.zero = 2");
 }
 END_TEST
 
@@ -616,8 +647,13 @@ START_TEST(batches_that_do_not_divide_are_refused_by_all) {
     Job job = job_of(tiny_moe_recipe("odd"));
     ranks_start(3, &comm_options, run_rank, &job);
     ranks_join(3);
-    for (int r = 0; r < 3; r++) ranks_expect(r, STATUS_USAGE, "times 3 ranks; start 2 ranks");
+    for (int r = 0; r < 3; r++)
+        ranks_expect(r, STATUS_USAGE, "times 3 ranks; set train.global_batch = 6");
     ck_assert(!io_exists(tiny_run_path("odd", "lock")));
+    ranks_start(4, &comm_options, run_rank, &job);
+    ranks_join(4);
+    for (int r = 0; r < 4; r++)
+        ranks_expect(r, STATUS_USAGE, "times 4 ranks; set train.micro_batch = 1,");
 }
 END_TEST
 
@@ -668,7 +704,7 @@ TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_sam
                   TEST(every_option_gives_the_same_bits),
                   TEST(other_numbers_of_ranks_agree_within_rounding),
                   TEST(collectives_may_happen_at_the_last_moment),
-                  TEST(resumes_with_any_number_of_ranks),
+                  TEST(shared_gradients_train_the_same), TEST(resumes_with_any_number_of_ranks),
                   TEST(resumes_with_the_same_bits_where_sums_have_one_order),
                   TEST(a_killed_rank_ends_all_and_the_same_command_continues),
                   TEST(a_signal_to_one_rank_stops_all),

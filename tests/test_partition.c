@@ -57,7 +57,7 @@ static void check_tiles(const TensorTable *table, int world, int64_t bucket_elem
     int count = 0;
     for (int rank = 0; rank < world; rank++) {
         Partition p;
-        ck_assert_ok(partition_create(table, rank, world, bucket_elements, &p));
+        ck_assert_ok(partition_create(table, rank, world, bucket_elements, false, &p));
         int64_t at = 0;
         ck_assert_int_eq(p.owned * world, table->total);
         for (int i = 0; i < p.count; i++) {
@@ -103,7 +103,7 @@ START_TEST(buckets_are_final_only_when_all_their_elements_are) {
     Partition p;
     ck_assert_ok(tensor_table_build(&c, &table));
     ck_assert_ok(tensor_table_pad(&table, 7));
-    ck_assert_ok(partition_create(&table, 3, 7, 5000000, &p));
+    ck_assert_ok(partition_create(&table, 3, 7, 5000000, false, &p));
     ck_assert_int_gt(p.count, 100);
     int *seen = calloc((size_t)p.count, sizeof *seen), ready = 0;
     // As the backward pass goes: from the end of the matrices down, layer by layer.
@@ -130,6 +130,40 @@ START_TEST(buckets_are_final_only_when_all_their_elements_are) {
 }
 END_TEST
 
+// Where ranks share gradients, sections are cut one by one.
+START_TEST(buckets_by_section_stay_in_one) {
+    const ModelConfig configs[] = {half_billion(6), untied()};
+    for (int which = 0; which < 2; which++) {
+        for (int world = 2; world <= 7; world++) {
+            TensorTable table;
+            Partition p;
+            int64_t unit = (int64_t)world * TENSOR_ALIGN, elements = which ? 1 : 3000000;
+            ck_assert_ok(tensor_table_build_sections(&configs[which], unit, &table));
+            ck_assert_ok(tensor_table_pad(&table, world));
+            ck_assert_ok(partition_create(&table, world - 1, world, elements, true, &p));
+            int64_t at = 0;
+            for (int i = 0; i < p.count; i++) {
+                int64_t end = p.buckets[i].begin + world * p.buckets[i].part;
+                ck_assert_int_eq(p.buckets[i].begin, at);
+                ck_assert(end - at <= elements || end - at == unit || i >= p.vectors);
+                for (int layer = 0; layer < table.num_layers; layer++) {
+                    int64_t border = table.layers[layer].qkv_weight;
+                    ck_assert(end <= border || at >= border);
+                }
+                ck_assert(end <= table.lm_head || at >= table.lm_head);
+                ck_assert(end <= table.vectors_begin || at >= table.vectors_begin);
+                at = end;
+            }
+            ck_assert_int_eq(at, table.total);
+            ck_assert_int_eq(p.owned * world, table.total);
+            partition_free(&p);
+            tensor_table_free(&table);
+        }
+    }
+}
+END_TEST
+
 TEST_MAIN("partition", TEST(padding_moves_routers_only),
           TEST(parts_are_equal_and_tile_the_arena_for_any_number_of_ranks),
+          TEST(buckets_by_section_stay_in_one),
           TEST(buckets_are_final_only_when_all_their_elements_are))

@@ -51,7 +51,7 @@ uint64_t memory_resident(void) {
 
 uint64_t memory_training_state(const RunMemory *memory) {
     static const char *const state[] = {"parameters", "master weights", "gradients",
-                                        "optimizer state"};
+                                        "gradient sums", "optimizer state"};
     const MemoryPlan *plan = memory->on_gpu ? &memory->gpu : &memory->machine;
     uint64_t bytes = 0;
     for (int i = 0; i < plan->count; i++)
@@ -85,9 +85,10 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY(prepare_model_options(recipe, true, &options));
     TRY(prepare_train_data(recipe, config, &data));
     options.ranks = data.loader.world = ranks;
+    options.share_gradients = ranks > 1 && recipe->parallel_zero == ZERO_2;
     TRY(model_plan(backend, config, &options, device));
-    TRY(tensor_table_build(config, &table));
-    if (ranks > 1) TRY_GOTO(tensor_table_pad(&table, ranks), done);
+    TRY(model_table(config, &options, &table));
+    TRY_GOTO(traffic_plan(&table, &options, device), done);
     TRY_GOTO(optimizer_plan(&table, &optimizer, backend->compute_dtype, ranks, device), done);
     if (recipe->parallel_pairwise)
         TRY_GOTO(pairwise_plan(&table, loader_micro_batches(&data.loader), device), done);

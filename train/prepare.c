@@ -50,17 +50,32 @@ Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *
     return parse_recompute(recipe->train_recompute, &out->recompute);
 }
 
+// The batch in equal shares; else what to change: the micro-batch where some size of it does.
+static Status check_shares(const Recipe *recipe, int world) {
+    const int64_t global = recipe->train_global_batch, share = global / world;
+    int64_t micro = recipe->train_micro_batch;
+    const int64_t micro_all = micro * world;
+    char hint[96] = "";
+    if (global % micro_all == 0) return STATUS_OK;
+    while (micro > 1 && share % micro != 0) micro--;
+    if (global % world == 0)
+        snprintf(hint, sizeof hint, "set train.micro_batch = %" PRId64, micro);
+    else
+        snprintf(hint, sizeof hint, "set train.global_batch = %" PRId64,
+                 (global / micro_all + 1) * micro_all);
+    FAIL(STATUS_USAGE,
+         "train.global_batch = %" PRId64 " is not a multiple of train.micro_batch = %" PRId64
+         " times %d ranks; %s, or start another number of ranks",
+         global, recipe->train_micro_batch, world, hint);
+}
+
 Status prepare_check_world(const Recipe *recipe, const Backend *backend, int world) {
-    const int64_t micro_batches = recipe->train_global_batch / recipe->train_micro_batch;
     if (world == 1) return STATUS_OK;
-    if (micro_batches % world != 0) {
-        int64_t ranks = world < micro_batches ? world : micro_batches;
-        while (micro_batches % ranks != 0) ranks--;
+    TRY(check_shares(recipe, world));
+    if (recipe->parallel_pairwise && recipe->parallel_zero == ZERO_2)
         FAIL(STATUS_USAGE,
-             "train.global_batch = %" PRId64 " is not a multiple of train.micro_batch = %" PRId64
-             " times %d ranks; start %" PRId64 " ranks, or change the batches",
-             recipe->train_global_batch, recipe->train_micro_batch, world, ranks);
-    }
+             "parallel.pairwise = true sums up whole gradients, which no rank has with "
+             "parallel.zero = 2; set it to 1");
     if (backend->compute_dtype == DTYPE_F32) return STATUS_OK;
     const char *key = recipe->checkpoint_dtype == WEIGHTS_F32 ? "checkpoint.dtype"
                       : recipe->export_hf && recipe->export_dtype == WEIGHTS_F32 ? "export.dtype"

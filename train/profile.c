@@ -183,6 +183,14 @@ static Status add(Backend *backend, void *a, const void *b, int64_t count) {
     return end(p, ROW_ADD, status, op_work_add(p->inner->compute_dtype, count));
 }
 
+static Status accumulate(Backend *backend, float *sum, DType dtype, const void *values,
+                         int64_t count) {
+    Profile *p = profile_of(backend);
+    TRY(begin(p, ROW_ADD));
+    Status status = p->inner->ops->accumulate(p->inner, sum, dtype, values, count);
+    return end(p, ROW_ADD, status, op_work_add(DTYPE_F32, count));
+}
+
 static Status cast(Backend *backend, DType to, void *out, DType from, const void *in,
                    int64_t count) {
     Profile *p = profile_of(backend);
@@ -291,6 +299,7 @@ static const BackendOps profile_ops = {
     .adamw = adamw,
     .norm2 = norm2,
     .row_similarity = row_similarity,
+    .accumulate = accumulate,
     .add = add,
     .cast = cast,
     .destroy = destroy,

@@ -45,6 +45,7 @@ enum { BAD_SHARD_ABORT, BAD_SHARD_SKIP };
 enum { WEIGHTS_BF16, WEIGHTS_F32 };
 enum { GRADIENTS_F32, GRADIENTS_BF16 };
 enum { STATE_F32, STATE_BF16 };
+enum { ZERO_1, ZERO_2 };
 
 void recipe_defaults(Recipe *recipe);
 // Finds `name` (as given; then in the recipes of the source tree or the installation when it is a

@@ -74,6 +74,7 @@ static Status open_model(Trainer *t) {
     TRY(memory_check(r, t->backend, &t->config, t->team.world));
     TRY(prepare_model_options(r, true, &model_options));
     model_options.ranks = t->team.world;
+    model_options.share_gradients = t->team.world > 1 && r->parallel_zero == ZERO_2;
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
     INVARIANT(model_sums_stride(t->model) == t->state.stride);
     TRY(open_sums(t));
@@ -125,8 +126,9 @@ static void say_what_starts(const Trainer *t) {
     const TensorTable *table = &t->model->table;
     log_info("device: %s, %s", t->backend->device_name, dtype_name(t->backend->compute_dtype));
     if (t->team.world > 1)
-        log_info("ranks: %d, each with 1/%d of AdamW's state in %d buckets", t->team.world,
-                 t->team.world, t->optimizer->partition->count);
+        log_info("ranks: %d, each with 1/%d of AdamW's state%s in %d buckets", t->team.world,
+                 t->team.world, t->traffic->sums ? " and of the gradients" : "",
+                 t->optimizer->partition->count);
     log_info("model: %d layers, %.4g M parameters, %.4g M active per token", t->config.num_layers,
              (double)table->parameters / 1e6, (double)table->active_parameters / 1e6);
     if (t->resume_state)

@@ -39,6 +39,7 @@ static Status run_in_pairs(Trainer *t, const StepBatch *batch, const LossWeights
         TRY(pairwise_add(t->pairwise, t->row));
     }
     TRY(pairwise_finish(t->pairwise, t->row));
+    if (t->traffic) TRY(traffic_reduce(t->traffic));
     step_sums_unpack(t->row, layers, &t->sums, &none);
     return STATUS_OK;
 }
@@ -47,6 +48,18 @@ static Status run_one_by_one(Trainer *t, const StepBatch *batch, const LossWeigh
     TRY(model_zero_gradients(t->model));
     TRY(model_reset_sums(t->model));
     for (int i = 0; i < batch->num_micro; i++) TRY(micro_batch(t, batch, i, weights));
+    if (t->traffic) TRY(traffic_reduce(t->traffic));
+    return model_read_sums(t->model, &t->sums);
+}
+
+// Where ranks share gradients, those of a micro-batch have left when it ends.
+static Status run_and_send(Trainer *t, const StepBatch *batch, const LossWeights *weights) {
+    TRY(model_reset_sums(t->model));
+    for (int i = 0; i < batch->num_micro; i++) {
+        TRY(model_zero_gradients(t->model));
+        TRY(micro_batch(t, batch, i, weights));
+        TRY(traffic_reduce(t->traffic));
+    }
     return model_read_sums(t->model, &t->sums);
 }
 
@@ -62,11 +75,9 @@ static Status forward_backward(Trainer *t, const StepBatch *batch) {
     };
     TRY(model_set_load(t->model, t->state.load));
     if (r->router_balance_bias) TRY(model_set_selection_bias(t->model, t->state.bias));
-    if (t->pairwise)
-        TRY(run_in_pairs(t, batch, &weights));
-    else
-        TRY(run_one_by_one(t, batch, &weights));
-    return t->traffic ? traffic_reduce(t->traffic) : STATUS_OK;
+    if (t->pairwise) return run_in_pairs(t, batch, &weights);
+    if (t->traffic && t->traffic->sums) return run_and_send(t, batch, &weights);
+    return run_one_by_one(t, batch, &weights);
 }
 
 Status sum_over_ranks(Trainer *t, StepNews *news) {
