@@ -337,6 +337,12 @@ START_TEST(ranks_that_differ_are_named_to_all) {
     cast(3, 10);
     actors[2].options.recipe = "cccc";
     expect_disagreement("has recipe cccc, rank 0");
+    cast(3, 10); // with the text, what differs is said
+    for (int i = 0; i < 3; i++)
+        actors[i].options.recipe_text = "[train]\nsteps = 9\n\n[optim]\nlr = 1e-3\nbeta1 =\n";
+    actors[2].options.recipe = "cccc";
+    actors[2].options.recipe_text = "[train]\nsteps = 9\n\n[optim]\nlr = 2e-3\nbeta1 =\n";
+    expect_disagreement("has optim.lr = 2e-3 (rank 0: 1e-3); start all");
     cast(3, 10);
     actors[1].options.build = "dddd";
     expect_disagreement("has build dddd, rank 0");
@@ -357,6 +363,30 @@ START_TEST(ranks_that_differ_are_named_to_all) {
     actors[3].options.build = "dddd";
     expect_disagreement("has recipe cccc");
     ranks_expect(1, STATUS_USAGE, "has build dddd");
+}
+END_TEST
+
+START_TEST(differences_of_recipes) {
+    static const char own[] = "[a]\nx = 1\ny = 2\n[b]\nx =\nz = 3\nw = 4\nv = 5\n";
+    static const char *const cases[][2] = {
+        {"[a]\nx = 1\ny = 2\n[b]\nx =\nz = 3\nw = 4\nv = 5\n", ""},
+        {"[a]\nx = 1\ny = 7\n[b]\nx = q\nz = 3\nw = 4\nv = 5\n",
+         "a.y = 7 (rank 0: 2), b.x = q (rank 0: )"},
+        {"[a]\nx = 9\ny = 9\n[b]\nx = 9\nz = 9\nw = 9\nv = 9\n",
+         "a.x = 9 (rank 0: 1), a.y = 9 (rank 0: 2), b.x = 9 (rank 0: ), b.z = 9 (rank 0: 3) and 2 "
+         "more"},
+        {"[a]\nx = 2\nother = 2\n", "a.x = 2 (rank 0: 1)"}, // another program's recipe
+        {"garbage", ""},
+        {"", ""},
+        {"=\n=\n=", ""},
+    };
+    char text[256], small[8];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        rendezvous_recipe_differences(cases[i][0], own, text, sizeof text);
+        ck_assert_str_eq(text, cases[i][1]);
+        rendezvous_recipe_differences(cases[i][0], own, small, sizeof small);
+        ck_assert_uint_lt(strlen(small), sizeof small);
+    }
 }
 END_TEST
 
@@ -414,5 +444,5 @@ TEST_MAIN("rendezvous", TEST(ranks_meet_and_talk), TEST(whoever_is_first_waits),
           TEST(missing_ranks_are_named_to_all_in_time),
           TEST(a_refused_rank_is_mentioned_when_one_is_missing),
           TEST(a_taken_port_is_a_clear_message), TEST(an_unreachable_master_is_a_clear_message),
-          TEST(ranks_that_differ_are_named_to_all), TEST(what_differs_later_is_named_to_all),
-          TEST(a_rank_that_is_lost_later_is_named_to_all))
+          TEST(ranks_that_differ_are_named_to_all), TEST(differences_of_recipes),
+          TEST(what_differs_later_is_named_to_all), TEST(a_rank_that_is_lost_later_is_named_to_all))

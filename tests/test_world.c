@@ -278,12 +278,12 @@ START_TEST(ranks_that_differ_say_so) {
     run_by_hand(programs, 3, free_port(), recipe);
     for (int rank = 0; rank < 3; rank++) {
         expect_program(&programs[rank], STATUS_USAGE, "rank 1 (");
-        expect_program(&programs[rank], STATUS_USAGE, "has recipe");
+        expect_program(&programs[rank], STATUS_USAGE, "has optim.lr = 0.001 (rank 0: 0.003)");
     }
     const RankStart option[] = {{0}, {.arguments = "--resume never"}};
     run_by_hand(programs, 2, free_port(), option);
     for (int rank = 0; rank < 2; rank++)
-        expect_program(&programs[rank], STATUS_USAGE, "has recipe");
+        expect_program(&programs[rank], STATUS_USAGE, "has --resume = never (rank 0: auto)");
     char shards[256], link[256];
     snprintf(link, sizeof link, "%s/here", test_directory());
     ck_assert_int_eq(mkdir(link, 0777), 0);

@@ -7,7 +7,7 @@
 #include <poll.h>
 #include "base/net.h"
 
-enum { RECEPTION_GUESTS = 64, RECEPTION_MESSAGE_MAX = 1024, RECEPTION_MAGIC = 8 };
+enum { RECEPTION_GUESTS = 64, RECEPTION_MESSAGE_MAX = 16384, RECEPTION_MAGIC = 8 };
 
 typedef struct Guest {
     int fd; // -1: a free place

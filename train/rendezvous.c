@@ -11,7 +11,6 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdarg.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +29,12 @@ void rendezvous_clean_text(char *text, size_t room) {
     text[room - 1] = '\0';
     for (char *c = text; *c; c++)
         if (*c < ' ' || *c > '~') *c = '?';
+}
+
+static void clean_lines(char *text, size_t room) {
+    text[room - 1] = '\0';
+    for (char *c = text; *c; c++)
+        if ((*c < ' ' && *c != '\n') || *c > '~') *c = '?';
 }
 
 void rendezvous_list(const bool *listed, int world, char *text, size_t room) {
@@ -88,6 +93,8 @@ static Status make_hello(const Rendezvous *r, const RendezvousOptions *options, 
     strcpy(hello->job, options->job);
     strcpy(hello->recipe, options->recipe);
     strcpy(hello->build, options->build);
+    if (options->recipe_text && strlen(options->recipe_text) < RECIPE_TEXT)
+        strcpy(hello->recipe_text, options->recipe_text);
     return STATUS_OK;
 }
 
@@ -183,6 +190,7 @@ static void arrived(void *context, Guest *guest) {
     rendezvous_clean_text(hello.job, sizeof hello.job);
     rendezvous_clean_text(hello.recipe, sizeof hello.recipe);
     rendezvous_clean_text(hello.build, sizeof hello.build);
+    clean_lines(hello.recipe_text, sizeof hello.recipe_text);
     if (hello.protocol != PROTOCOL) {
         refuse(host, guest,
                "protocol %" PRIu32 " came, %d is spoken here; use one version of the "
@@ -234,15 +242,34 @@ static int count_missing(const Rendezvous *r, bool *missing) {
     return count;
 }
 
-// `what` of every rank that came is that of rank 0.
-static void compare_ids(Host *host, const char *what, size_t offset) {
-    const char *own = (const char *)&host->hellos[0] + offset;
-    for (int rank = 1; rank < host->r->world; rank++) {
-        const char *other = (const char *)&host->hellos[rank] + offset;
-        if (host->r->star[rank] < 0 || strcmp(own, other) == 0) continue;
-        add_problem(host, "rank %d (%s) has %s %.*s, rank 0 (%s) has %.*s", rank,
-                    host->r->places[rank].name, what, ID_SHOWN, other, host->r->places[0].name,
-                    ID_SHOWN, own);
+// Recipe and build of every rank that came are those of rank 0.
+static void compare_recipes(Host *host) {
+    const Rendezvous *r = host->r;
+    const Hello *own = &host->hellos[0];
+    char differences[512];
+    for (int rank = 1; rank < r->world; rank++) {
+        const Hello *other = &host->hellos[rank];
+        if (r->star[rank] < 0 || strcmp(own->recipe, other->recipe) == 0) continue;
+        rendezvous_recipe_differences(other->recipe_text, own->recipe_text, differences,
+                                      sizeof differences);
+        if (differences[0])
+            add_problem(host, "rank %d (%s) has %s", rank, r->places[rank].name, differences);
+        else
+            add_problem(host, "rank %d (%s) has recipe %.*s, rank 0 (%s) has %.*s", rank,
+                        r->places[rank].name, ID_SHOWN, other->recipe, r->places[0].name, ID_SHOWN,
+                        own->recipe);
+    }
+}
+
+static void compare_builds(Host *host) {
+    const Rendezvous *r = host->r;
+    const Hello *own = &host->hellos[0];
+    for (int rank = 1; rank < r->world; rank++) {
+        const Hello *other = &host->hellos[rank];
+        if (r->star[rank] < 0 || strcmp(own->build, other->build) == 0) continue;
+        add_problem(host, "rank %d (%s) has build %.*s, rank 0 (%s) has %.*s", rank,
+                    r->places[rank].name, ID_SHOWN, other->build, r->places[0].name, ID_SHOWN,
+                    own->build);
     }
 }
 
@@ -254,8 +281,8 @@ static Status judge(Host *host, double seconds) {
     int count = count_missing(r, missing);
     rendezvous_list(missing, r->world, list, sizeof list);
     free(missing);
-    compare_ids(host, "recipe", offsetof(Hello, recipe));
-    compare_ids(host, "build", offsetof(Hello, build));
+    compare_recipes(host);
+    compare_builds(host);
     if (host->problems[0])
         FAIL(STATUS_USAGE,
              "the ranks of this run do not agree: %s; start all with the same program, recipe, "

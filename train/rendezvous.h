@@ -31,7 +31,8 @@ typedef struct RendezvousOptions {
     // Compared with rank 0's. A rank of another job is refused; another recipe or build ends the
     // run. Texts of less than RENDEZVOUS_ID_MAX bytes.
     const char *job, *recipe, *build;
-    double timeout_seconds; // for joining, and for each call afterwards
+    const char *recipe_text; // to say what differs: "[section]" and "key = value" lines; or NULL
+    double timeout_seconds;  // for joining, and for each call afterwards
     bool mesh;
     int listener; // of rank 0: a socket that listens there already, taken over; <= 0: none
 } RendezvousOptions;

@@ -2,6 +2,7 @@
 //   rendezvous.c        joining: rank 0's side and the others'
 //   rendezvous_star.c   the small collectives over the star
 //   rendezvous_mesh.c   a connection of each rank with each
+//   rendezvous_recipe.c which settings differ
 // and the messages as they go over the wire, in the byte order of the machine (`protocol` shows
 // when the other has another one).
 #ifndef TRAIN_RENDEZVOUS_WIRE_H
@@ -20,6 +21,7 @@ enum {
     PROTOCOL = 1,
     NONCE_BYTES = 16,
     HOST_TEXT = 64,
+    RECIPE_TEXT = 12288, // longer recipes are compared by their hashes alone
     VERDICT_TEXT = 2048,
     PATIENCE_SECONDS = 5,     // for a guest's message, and for telling a rank the verdict
     ANSWER_EXTRA_SECONDS = 5, // rank 0 finds out first what is missing, and tells
@@ -32,6 +34,7 @@ typedef struct Hello {
     int32_t rank, world, pid, mesh_port;
     char host[HOST_TEXT];
     char job[RENDEZVOUS_ID_MAX], recipe[RENDEZVOUS_ID_MAX], build[RENDEZVOUS_ID_MAX];
+    char recipe_text[RECIPE_TEXT];
 } Hello;
 
 // Rank 0's answer, to hello and to every call over the star.
@@ -72,6 +75,9 @@ struct Rendezvous {
 
 // A text from the wire: ended, and without anything that a terminal might obey.
 void rendezvous_clean_text(char *text, size_t room);
+// "train.steps = 5 (rank 0: 9), ..." for what `other` has instead of `own`; "" where they cannot be
+// compared line by line.
+void rendezvous_recipe_differences(const char *other, const char *own, char *text, size_t room);
 // "1, 3, 4 and 9 more"
 void rendezvous_list(const bool *listed, int world, char *text, size_t room);
 void rendezvous_make_verdict(Verdict *verdict, Status code, const char *text);

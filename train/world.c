@@ -6,6 +6,7 @@
 // training shards are compared when they are open: train/run_ranks.c.)
 #include "train/world.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,42 +25,41 @@ typedef struct World {
 
 // --- What must be equal --------------------------------------------------------------------------
 
-static Status hash_recipe(const Recipe *recipe, const RunOptions *options,
-                          char hex[HASH_HEX_SIZE]) {
-    char *text = NULL;
-    HashStream *stream;
+// The resolved recipe and the options that change what a run does, as lines. malloc'ed.
+static Status describe_run(const Recipe *recipe, const RunOptions *options, char **out) {
+    char *text;
     TRY(recipe_print(recipe, &text));
-    Status status = hash_stream_create(&stream);
-    if (status == STATUS_OK) {
-        const char *from = options->resume == RESUME_FROM ? options->resume_path : "";
-        hash_stream_update(stream, text, strlen(text));
-        hash_stream_update(stream, &options->resume, sizeof options->resume);
-        hash_stream_update(stream, from, strlen(from));
-        hash_stream_update(stream, &options->profile_steps, sizeof options->profile_steps);
-        hash_to_hex(hash_stream_digest(stream), hex);
-        hash_stream_free(stream);
-    }
+    const char *resume = options->resume == RESUME_AUTO    ? "auto"
+                         : options->resume == RESUME_NEVER ? "never"
+                                                           : options->resume_path;
+    int bytes = asprintf(out, "%s\n[command line]\n--resume = %s\n--profile = %" PRId64 "\n", text,
+                         resume, options->profile_steps);
     free(text);
-    return status;
+    if (bytes < 0) FAIL(STATUS_INTERNAL, "out of memory for the recipe");
+    return STATUS_OK;
 }
 
 static Status meet(World *world, const Recipe *recipe, const RunOptions *options) {
     const Launch *launch = world->launch;
-    char recipe_hex[HASH_HEX_SIZE], build_hex[HASH_HEX_SIZE];
+    char recipe_hex[HASH_HEX_SIZE], build_hex[HASH_HEX_SIZE], *text;
     uint64_t bytes;
-    TRY(hash_recipe(recipe, options, recipe_hex));
     TRY(hash_file("/proc/self/exe", build_hex, &bytes, NULL, NULL));
+    TRY(describe_run(recipe, options, &text));
+    hash_to_hex(hash_bytes(text, strlen(text)), recipe_hex);
     const RendezvousOptions rendezvous = {.rank = launch->rank,
                                           .world = launch->world,
                                           .master_host = launch->master_host,
                                           .master_port = launch->master_port,
                                           .job = launch->job,
                                           .recipe = recipe_hex,
+                                          .recipe_text = text,
                                           .build = build_hex,
                                           .timeout_seconds = recipe->parallel_start_seconds,
                                           .mesh = true,
                                           .listener = launch->listener};
-    return rendezvous_join(&rendezvous, &world->rendezvous);
+    Status status = rendezvous_join(&rendezvous, &world->rendezvous);
+    free(text);
+    return status;
 }
 
 // --- What may be wrong on one rank only ----------------------------------------------------------
