@@ -1,0 +1,567 @@
+// Matrix products with SwiGLU inside, on Hopper's own instructions.
+//
+// The elementwise pass between the MLP's products moves as many bytes as a product of these shapes
+// takes time for. Here it happens on the accumulators, while other warps keep the tensor cores
+// busy: forward saves reading gate_up, backward also writing and reading the activation's gradient.
+//
+// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared memory
+// through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in registers.
+// They leave the product, rounded, in shared memory and go on with the next tile, while one more
+// warpgroup does the elementwise part of the last one and moves its rows, a line of 128 bytes at a
+// time. So the tensor cores, the copies and the elementwise part never wait for each other unless
+// one of them is the slowest.
+//
+// Two blocks are a cluster: 256 rows by 256 columns, each block having 128 of the rows, and each
+// loading half of the columns' operand for both. In the forward pass 128 gate columns and the 128
+// up columns that belong to them are one tile. Only rows and columns that exist are stored, so
+// tiles may stand over: rows of an expert's last tile that are the next expert's are computed and
+// dropped.
+#include <math.h>
+#include "cuda/hopper.cuh"
+#include "cuda/hopper_mlp.h"
+#include "cuda/swiglu.cuh"
+
+enum {
+    BLOCK_ROWS = 128,
+    CLUSTER_ROWS = 2 * BLOCK_ROWS,
+    TILE_COLUMNS = 256,
+    TILE_K = 64, // 128 bytes: one row of the swizzle
+    STAGES = 3,
+    BOX_BYTES = 64 * TILE_K * 2, // 64 rows or 64 columns
+    A_BYTES = 2 * BOX_BYTES,
+    HALF_B_BYTES = 2 * BOX_BYTES,
+    STAGE_BYTES = A_BYTES + 2 * HALF_B_BYTES,
+    BLOCK_BYTES = BLOCK_ROWS * 128, // 64 columns of the product
+    PRODUCT_BYTES = TILE_COLUMNS / 64 * BLOCK_BYTES,
+    SHARED_BYTES = STAGES * STAGE_BYTES + PRODUCT_BYTES + 1024, // 1024: to align it
+    // Warpgroups: 0 loads, 1 and 2 multiply, 3 does the elementwise part. Registers of each: at
+    // most 128 on average, which is what every thread begins with.
+    THREADS = 512,
+    LOAD_REGISTERS = 24,
+    MULTIPLY_REGISTERS = 160,
+    ELEMENTWISE_REGISTERS = 168,
+    WARP_ROWS = 32, // of an elementwise warp
+    AHEAD = 8,      // rows that it has on their way
+#ifndef BAND_
+#define BAND_ 8
+#endif
+    BAND = BAND_, // cluster tiles of rows that go through the columns together, for the L2 cache
+};
+
+typedef struct HopperArgs {
+    CUtensorMap a, b;
+    int groups, k_steps, tiles_n, tiles; // tiles: of all groups
+    int inner, hidden;
+    int begin[HOPPER_GROUPS_MAX + 1];
+    int tile_begin[HOPPER_GROUPS_MAX + 1];
+    const float *scale;
+    const int32_t *scale_index;
+    bf16 *gate_up, *activation, *dgate_up;
+    float *partial; // (tiles_n, rows)
+    int64_t rows;
+} HopperArgs;
+
+typedef struct Tile {
+    int group, row, row_end, column_tile; // row: of the cluster's first
+} Tile;
+
+static __device__ __forceinline__ Tile tile_at(const HopperArgs &args, int index) {
+    Tile tile = {};
+    while (index >= args.tile_begin[tile.group + 1]) tile.group++;
+    index -= args.tile_begin[tile.group];
+    tile.row_end = args.begin[tile.group + 1];
+    const int tiles_m =
+        (args.tile_begin[tile.group + 1] - args.tile_begin[tile.group]) / args.tiles_n;
+    const int band = index / (BAND * args.tiles_n), in_band = index % (BAND * args.tiles_n);
+    const int height = min(BAND, tiles_m - band * BAND);
+    tile.row = args.begin[tile.group] + (band * BAND + in_band % height) * CLUSTER_ROWS;
+    tile.column_tile = in_band / height;
+    return tile;
+}
+
+// --- The warp that loads -------------------------------------------------------------------------
+
+// Where a stage is in the ring, and the parity of its phase.
+typedef struct Ring {
+    int stage;
+    uint32_t phase;
+} Ring;
+static __device__ __forceinline__ void advance(Ring *ring) {
+    if (++ring->stage < STAGES) return;
+    ring->stage = 0;
+    ring->phase ^= 1;
+}
+
+template <bool BACKWARD>
+static __device__ __forceinline__ void load_tiles(const HopperArgs &args, uint32_t tiles,
+                                                  uint32_t full, uint32_t empty, int rank) {
+    Ring ring = {0, 1}; // the stages begin empty
+    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+        const Tile tile = tile_at(args, index);
+        const int row = tile.row + rank * BLOCK_ROWS;
+        for (int step = 0; step < args.k_steps; step++, advance(&ring)) {
+            const uint32_t at = tiles + ring.stage * STAGE_BYTES;
+            const uint32_t b = at + A_BYTES + rank * HALF_B_BYTES;
+            const uint32_t loaded = full + 8 * ring.stage;
+            barrier_wait(empty + 8 * ring.stage, ring.phase);
+            barrier_expect(loaded, STAGE_BYTES);
+            copy_box(at, &args.a, step * TILE_K, row, loaded);
+            if (BACKWARD) { // (H, I): 64 rows by 64 columns a box
+                const int column = tile.column_tile * TILE_COLUMNS + rank * 128;
+                const int k_row = tile.group * args.hidden + step * TILE_K;
+                copy_box_to_all(b, &args.b, column, k_row, loaded, 3);
+                copy_box_to_all(b + BOX_BYTES, &args.b, column + 64, k_row, loaded, 3);
+            } else { // (2I, H): rank 0 has the gate rows, rank 1 the up rows
+                const int weight_row =
+                    (2 * tile.group + rank) * args.inner + tile.column_tile * 128;
+                copy_box_to_all(b, &args.b, step * TILE_K, weight_row, loaded, 3);
+            }
+        }
+    }
+}
+
+// --- The warpgroups that multiply ----------------------------------------------------------------
+
+// c = the tile's product for this warpgroup's 64 rows. A stage is handed back to both loaders once
+// the products that read it are over, one step later.
+template <bool B_ROWS>
+static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ring *ring,
+                                                uint32_t tiles, uint32_t full, uint32_t empty,
+                                                int warpgroup, bool speaker) {
+    int last = -1;
+    for (int step = 0; step < k_steps; step++) {
+        const uint32_t a = tiles + ring->stage * STAGE_BYTES + warpgroup * BOX_BYTES;
+        const uint32_t b = tiles + ring->stage * STAGE_BYTES + A_BYTES;
+        barrier_wait(full + 8 * ring->stage, ring->phase);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; k++) {
+            const uint64_t left = tile_descriptor(a + 32 * k, 1024, 16);
+#pragma unroll
+            for (int half = 0; half < 2; half++) { // n = 256 needs more registers at the start
+                const uint32_t at = b + half * HALF_B_BYTES + (B_ROWS ? 2048 : 32) * k;
+                wgmma_64x128<B_ROWS>(c + 64 * half, left,
+                                     tile_descriptor(at, 1024, B_ROWS ? BOX_BYTES : 16),
+                                     step > 0 || k > 0);
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (last >= 0 && speaker) {
+            barrier_arrive(empty + 8 * last, 0);
+            barrier_arrive(empty + 8 * last, 1);
+        }
+        last = ring->stage;
+        advance(ring);
+    }
+    wgmma_wait<0>();
+    if (!speaker) return;
+    barrier_arrive(empty + 8 * last, 0);
+    barrier_arrive(empty + 8 * last, 1);
+}
+
+// --- The product in shared memory ------------------------------------------------------------
+
+// Four blocks of 64 columns; a block is 128 rows of 128 bytes, swizzled. Four multiplying warps fill
+// 64 rows, two others empty them.
+typedef struct Handover {
+    uint32_t filled, emptied; // barriers of these 64 rows, one arrival per warp
+    uint32_t place;           // of the warp's own rows
+    uint32_t phase;
+} Handover;
+
+static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&both);
+}
+
+static __device__ __forceinline__ void hand_over(const float (&c)[128], Handover *h, int lane) {
+    const int row = (lane & 7) + (lane >> 3 & 1) * 8;
+    const uint32_t place = h->place + row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
+    barrier_wait(h->emptied, h->phase ^ 1);
+#pragma unroll
+    for (int pair = 0; pair < 16; pair++) { // of chunks of 8 columns
+        const float *from = &c[8 * pair];
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                         (place ^ (pair & 3) << 5) + (pair >> 2) * BLOCK_BYTES),
+                     "r"(pack(from[0], from[1])), "r"(pack(from[2], from[3])),
+                     "r"(pack(from[4], from[5])), "r"(pack(from[6], from[7]))
+                     : "memory");
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive_here(h->filled);
+    h->phase ^= 1;
+}
+
+// 8 columns of one row.
+typedef struct Line {
+    uint32_t v[4];
+} Line;
+
+// Row `row` of the warp's rows, chunk `chunk` of the tile's 32.
+static __device__ __forceinline__ Line take(const Handover &h, int row, int chunk) {
+    Line line;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(line.v[0]), "=r"(line.v[1]), "=r"(line.v[2]), "=r"(line.v[3])
+                 : "r"(h.place + row * 128 + chunk / 8 * BLOCK_BYTES +
+                       ((chunk % 8 ^ (row & 7)) << 4)));
+    return line;
+}
+static __device__ __forceinline__ float2 unpack(uint32_t both) {
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+
+// --- Lines of device memory ------------------------------------------------------------------
+
+// A warp reads and writes whole rows of its tile, as long as they can be, since memory is slower
+// with short ones: 512 bytes, 16 by each lane, or in the forward pass two rows of 256.
+typedef struct Window {
+    int64_t wide, narrow; // the lane's first element in a (R, 2I) and in a (R, I) matrix
+    int rows;             // from there to the first that does not exist; 0 beyond the last column
+} Window;
+
+static __device__ __forceinline__ Window window_of(int64_t row, int row_end, int column,
+                                                   int inner) {
+    const int rows = column < inner ? (int)(row_end - row) : 0;
+    return Window{row * 2 * inner + column, row * inner + column, rows};
+}
+
+// A line, or nothing. Predicates, not branches, so that many are in flight.
+static __device__ __forceinline__ Line load_line_if(bool valid, const bf16 *from) {
+    Line line;
+    asm volatile("{\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
+                 "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+                 "@valid ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 "}\n"
+                 : "=&r"(line.v[0]), "=&r"(line.v[1]), "=&r"(line.v[2]), "=&r"(line.v[3])
+                 : "l"(from), "r"((int)valid));
+    return line;
+}
+static __device__ __forceinline__ void store_line_if(bool valid, bf16 *to, const Line &line) {
+    asm volatile("{\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
+                 "@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
+                 "}\n" ::"l"(to),
+                 "r"(line.v[0]), "r"(line.v[1]), "r"(line.v[2]), "r"(line.v[3]), "r"((int)valid)
+                 : "memory");
+}
+
+// The factor of a row.
+static __device__ __forceinline__ float scale_of(const HopperArgs &args, int64_t row,
+                                                 const Tile &tile) {
+    if (row >= tile.row_end) return 0.0f;
+    return args.scale[args.scale_index ? args.scale_index[row] : row];
+}
+
+// --- Elementwise: forward ----------------------------------------------------------------------
+
+// Lane l has chunk l%16 of rows 2i + l/16. `scale`: of row `lane`.
+template <bool SCALED>
+static __device__ __forceinline__ void forward_rows(const HopperArgs &args, const Handover &h,
+                                                    const Window &window, float scale, int lane) {
+    const int inner = args.inner, upper = lane / 16, chunk = lane % 16;
+#pragma unroll 8
+    for (int i = 0; i < WARP_ROWS / 2; i++) {
+        const bool valid = 2 * i < window.rows;
+        const Line gate = take(h, 2 * i + upper, chunk), up = take(h, 2 * i + upper, chunk + 16);
+        bf16 *to = args.gate_up + window.wide + (int64_t)4 * i * inner;
+        store_line_if(valid, to, gate);
+        store_line_if(valid, to + inner, up);
+        if (!args.activation) continue;
+        const float s = SCALED ? __shfl_sync(0xffffffffu, scale, 2 * i + upper) : 1.0f;
+        Line activation;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 g = unpack(gate.v[j]), u = unpack(up.v[j]);
+            activation.v[j] = pack(swiglu_of(g.x, u.x) * s, swiglu_of(g.y, u.y) * s);
+        }
+        store_line_if(valid, args.activation + window.narrow + (int64_t)2 * i * inner, activation);
+    }
+}
+
+// --- Elementwise: backward -----------------------------------------------------------------------
+
+typedef struct GateUp {
+    Line gate, up;
+} GateUp;
+
+static __device__ __forceinline__ GateUp load_gate_up(const HopperArgs &args, const Window &window,
+                                                      int row) {
+    const bf16 *from = args.gate_up + window.wide + (int64_t)2 * row * args.inner;
+    const bool valid = row < window.rows;
+    return GateUp{load_line_if(valid, from), load_line_if(valid, from + args.inner)};
+}
+
+// From d and gate and up to their gradients, which take gate's and up's place, and the activation.
+// Returns the line's share of the gate's gradient.
+template <bool SCALED>
+static __device__ __forceinline__ float backward_line(const Line &d, float scale, GateUp *line,
+                                                      Line *activation) {
+    float dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) { // two values each
+        const float2 g = unpack(line->gate.v[j]), u = unpack(line->up.v[j]), e = unpack(d.v[j]);
+        const float s = SCALED ? scale : 1.0f;
+        float2 dgate, dup;
+        const float x = swiglu_gradients(g.x, u.x, e.x * s, &dgate.x, &dup.x);
+        const float y = swiglu_gradients(g.y, u.y, e.y * s, &dgate.y, &dup.y);
+        if (SCALED) dot += e.x * x + e.y * y;
+        line->gate.v[j] = pack(dgate.x, dgate.y);
+        line->up.v[j] = pack(dup.x, dup.y);
+        activation->v[j] = pack(x * s, y * s);
+    }
+    return dot;
+}
+
+// AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of the
+// rows that follow. `scale`, and what is returned, the gate's gradient: of row `lane`.
+template <bool SCALED>
+static __device__ __forceinline__ float backward_rows(const HopperArgs &args, const Handover &h,
+                                                      int first, float scale, GateUp (&next)[AHEAD],
+                                                      const Window &window, int lane) {
+    const int inner = args.inner;
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        const int row = first + i;
+        const bool valid = row < window.rows;
+        GateUp line = next[i];
+        if (first + AHEAD < WARP_ROWS) next[i] = load_gate_up(args, window, row + AHEAD);
+        const float s = SCALED ? __shfl_sync(0xffffffffu, scale, row) : 1.0f;
+        Line activation;
+        float share = backward_line<SCALED>(take(h, row, lane), s, &line, &activation);
+        bf16 *to = args.dgate_up + window.wide + (int64_t)2 * row * inner;
+        store_line_if(valid, to, line.gate);
+        store_line_if(valid, to + inner, line.up);
+        store_line_if(valid && args.activation,
+                      args.activation + window.narrow + (int64_t)row * inner, activation);
+        if (SCALED) share = warp_sum(share);
+        if (SCALED && lane == row) dot = share;
+    }
+    return dot;
+}
+
+// --- The kernel ----------------------------------------------------------------------------------
+
+typedef struct Shared {
+    uint32_t tiles, product, full, empty; // full, empty: barriers of the stages
+    uint32_t handover;                    // barriers: filled and emptied of both pairs
+} Shared;
+
+static __device__ __forceinline__ Handover handover_of(const Shared &shared, int row) {
+    const uint32_t barriers = shared.handover + row / 64 * 16;
+    return Handover{barriers, barriers + 8, shared.product + row * 128, 0};
+}
+
+template <bool BACKWARD>
+static __device__ __forceinline__ void multiply_tiles(const HopperArgs &args,
+                                                      const Shared &shared) {
+    const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
+    const bool speaker = threadIdx.x % 128 == 0;
+    Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
+    Ring ring = {0, 0};
+    float c[128];
+    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+        multiply<BACKWARD>(c, args.k_steps, &ring, shared.tiles, shared.full, shared.empty,
+                           warpgroup, speaker);
+        hand_over(c, &handover, lane);
+    }
+}
+
+// SCALED: the rows have factors, which have gradients.
+template <bool BACKWARD, bool SCALED>
+static __device__ __forceinline__ void elementwise_tiles(const HopperArgs &args,
+                                                         const Shared &shared, int rank) {
+    const int own_row = (threadIdx.x / 32 - 12) * WARP_ROWS, lane = threadIdx.x & 31;
+    Handover handover = handover_of(shared, own_row);
+    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+        const Tile tile = tile_at(args, index);
+        const int64_t row = tile.row + rank * BLOCK_ROWS + own_row;
+        const float scale = SCALED ? scale_of(args, row + lane, tile) : 1.0f;
+        if constexpr (BACKWARD) {
+            const Window window = window_of(row, tile.row_end,
+                                            tile.column_tile * TILE_COLUMNS + lane * 8, args.inner);
+            GateUp next[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) next[i] = load_gate_up(args, window, i);
+            barrier_wait(handover.filled, handover.phase);
+            float dot = 0.0f;
+#pragma unroll 1
+            for (int first = 0; first < WARP_ROWS; first += AHEAD)
+                dot += backward_rows<SCALED>(args, handover, first, scale, next, window, lane);
+            if (SCALED && row + lane < tile.row_end)
+                args.partial[tile.column_tile * args.rows + row + lane] = dot;
+        } else {
+            const int column = tile.column_tile * TILE_COLUMNS / 2 + lane % 16 * 8;
+            const Window window = window_of(row + lane / 16, tile.row_end, column, args.inner);
+            barrier_wait(handover.filled, handover.phase);
+            forward_rows<SCALED>(args, handover, window, scale, lane);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive_here(handover.emptied);
+        handover.phase ^= 1;
+    }
+}
+
+static __device__ __forceinline__ void init_barriers(const Shared &shared) {
+    for (int s = 0; s < STAGES; s++) {
+        barrier_init(shared.full + 8 * s, 1);  // the loader
+        barrier_init(shared.empty + 8 * s, 4); // both multiplying warpgroups of both blocks
+    }
+    for (int half = 0; half < 2; half++) { // warps
+        barrier_init(shared.handover + 16 * half, 4);
+        barrier_init(shared.handover + 16 * half + 8, 2);
+    }
+    barrier_init_done();
+}
+
+template <bool BACKWARD, bool SCALED>
+static __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+    mlp_kernel(const __grid_constant__ HopperArgs args) {
+    extern __shared__ char dynamic[];
+    __shared__ uint64_t barriers[2 * STAGES + 4];
+    Shared shared;
+    shared.tiles = (shared_address(dynamic) + 1023) & ~1023u;
+    shared.product = shared.tiles + STAGES * STAGE_BYTES;
+    shared.full = shared_address(barriers);
+    shared.empty = shared.full + 8 * STAGES;
+    shared.handover = shared.empty + 8 * STAGES;
+    const int rank = (int)cluster_rank(), warpgroup = threadIdx.x / 128;
+    if (threadIdx.x == 0) init_barriers(shared);
+    cluster_sync();
+    if (warpgroup == 0) {
+        registers_give<LOAD_REGISTERS>();
+        if (threadIdx.x == 0)
+            load_tiles<BACKWARD>(args, shared.tiles, shared.full, shared.empty, rank);
+    } else if (warpgroup <= 2) {
+        registers_take<MULTIPLY_REGISTERS>();
+        multiply_tiles<BACKWARD>(args, shared);
+    } else {
+        registers_take<ELEMENTWISE_REGISTERS>();
+        elementwise_tiles<BACKWARD, SCALED>(args, shared, rank);
+    }
+    __syncwarp();
+    cluster_sync(); // the other block may still copy or arrive here
+}
+
+static __global__ void sum_partials_kernel(int64_t rows, int parts,
+                                           const float *__restrict__ partial,
+                                           const int32_t *__restrict__ scale_index,
+                                           float *__restrict__ dscale) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    float sum = 0.0f;
+    for (int p = 0; p < parts; p++) sum += partial[p * rows + row];
+    dscale[scale_index ? scale_index[row] : row] = sum;
+}
+
+// --- Host ----------------------------------------------------------------------------------------
+
+typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// A row-major (rows, columns) matrix in boxes of 64 columns by `box_rows` rows.
+static Status make_map(CudaBackend *backend, const void *matrix, int64_t rows, int64_t columns,
+                       int box_rows, CUtensorMap *out) {
+    static EncodeTiled encode; // the same for every device
+    if (!encode) {
+        void *found = NULL;
+        cudaDriverEntryPointQueryResult result;
+        CUDA_TRY(backend, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                           cudaEnableDefault, &result));
+        if (result != cudaDriverEntryPointSuccess)
+            FAIL(STATUS_INTERNAL, "the driver has no cuTensorMapEncodeTiled; it must be newer");
+        encode = (EncodeTiled)found;
+    }
+    const cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    const cuuint64_t strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
+    const cuuint32_t box[2] = {TILE_K, (cuuint32_t)box_rows}, steps[2] = {1, 1};
+    const CUresult error =
+        encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)matrix, sizes, strides, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS)
+        FAIL(STATUS_INTERNAL, "tensor map of a (%lld, %lld) matrix: driver error %d",
+             (long long)rows, (long long)columns, (int)error);
+    return STATUS_OK;
+}
+
+static void make_groups(const HopperMlp *mlp, HopperArgs *args) {
+    args->groups = mlp->begin ? mlp->groups : 1;
+    args->begin[1] = (int)mlp->rows;
+    for (int g = 0; g <= args->groups && mlp->begin; g++) args->begin[g] = mlp->begin[g];
+    for (int g = 0; g < args->groups; g++) {
+        const int64_t rows = args->begin[g + 1] - args->begin[g];
+        args->tile_begin[g + 1] =
+            args->tile_begin[g] + (int)div_up(rows, CLUSTER_ROWS) * args->tiles_n;
+    }
+    args->tiles = args->tile_begin[args->groups];
+}
+
+static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backward,
+                        HopperArgs *args) {
+    const int groups = mlp->begin ? mlp->groups : 1;
+    args->k_steps = mlp->hidden / TILE_K;
+    args->tiles_n = (int)div_up(mlp->inner, backward ? TILE_COLUMNS : TILE_COLUMNS / 2);
+    args->inner = mlp->inner;
+    args->hidden = mlp->hidden;
+    args->scale = mlp->scale;
+    args->scale_index = mlp->scale_index;
+    args->gate_up = (bf16 *)mlp->gate_up;
+    args->activation = (bf16 *)mlp->activation;
+    args->dgate_up = (bf16 *)mlp->dgate_up;
+    args->partial = mlp->partial;
+    args->rows = mlp->rows;
+    make_groups(mlp, args);
+    TRY(make_map(backend, mlp->in, mlp->rows, mlp->hidden, BLOCK_ROWS, &args->a));
+    if (backward)
+        return make_map(backend, mlp->weight, (int64_t)groups * mlp->hidden, mlp->inner, TILE_K,
+                        &args->b);
+    return make_map(backend, mlp->weight, (int64_t)groups * 2 * mlp->inner, mlp->hidden, 128,
+                    &args->b);
+}
+
+template <bool BACKWARD, bool SCALED>
+static Status launch(CudaBackend *backend, const HopperMlp *mlp) {
+    HopperArgs args = {};
+    TRY(make_args(backend, mlp, BACKWARD, &args));
+    const int clusters = backend->num_sms / 2;
+    const int used = args.tiles < clusters ? args.tiles : clusters;
+    auto kernel = mlp_kernel<BACKWARD, SCALED>;
+    CUDA_TRY(backend, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           SHARED_BYTES));
+    kernel<<<2 * (unsigned)used, THREADS, SHARED_BYTES, backend->stream>>>(args);
+    LAUNCH_TRY(backend);
+    return STATUS_OK;
+}
+
+bool hopper_mlp_takes(const CudaBackend *backend, const HopperMlp *mlp) {
+    const uintptr_t bits = (uintptr_t)mlp->weight | (uintptr_t)mlp->in | (uintptr_t)mlp->gate_up |
+                           (uintptr_t)mlp->activation | (uintptr_t)mlp->dgate_up;
+    return backend->capability == 90 && backend->base.compute_dtype == DTYPE_BF16 &&
+           mlp->hidden % TILE_K == 0 && mlp->inner % 8 == 0 && bits % 16 == 0 &&
+           mlp->groups <= HOPPER_GROUPS_MAX && mlp->rows > 0 && mlp->rows < INT32_MAX / 2;
+}
+
+int64_t hopper_mlp_partials(int64_t rows, int inner) {
+    return rows * div_up(inner, TILE_COLUMNS);
+}
+
+Status hopper_mlp_forward(CudaBackend *backend, const HopperMlp *mlp) {
+    return mlp->scale ? launch<false, true>(backend, mlp) : launch<false, false>(backend, mlp);
+}
+
+Status hopper_mlp_backward(CudaBackend *backend, const HopperMlp *mlp) {
+    if (!mlp->scale) return launch<true, false>(backend, mlp);
+    TRY((launch<true, true>(backend, mlp)));
+    sum_partials_kernel<<<(unsigned)div_up(mlp->rows, 256), 256, 0, backend->stream>>>(
+        mlp->rows, (int)div_up(mlp->inner, TILE_COLUMNS), mlp->partial, mlp->scale_index,
+        mlp->dscale);
+    LAUNCH_TRY(backend);
+    return STATUS_OK;
+}
