@@ -25,8 +25,8 @@ static __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t
                  : "memory");
 }
 // Arrives at the barrier at the same place in block `block` of the cluster. Orders what this block
-// sees, which is enough for a buffer that is read by matrix products and refilled by the copy engine;
-// the cluster's scope would wait for all stores of the thread.
+// sees, which is enough for a buffer that is read by matrix products and refilled by the copy
+// engine; the cluster's scope would wait for all stores of the thread.
 static __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t block) {
     asm volatile("{\n"
                  ".reg .b32 remote;\n"
@@ -126,18 +126,18 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait() {
 // are 8 rows below.
 template <bool B_ROWS>
 static __device__ __forceinline__ void wgmma_64x128(float *c, uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n"
-        ".reg .pred add;\n"
-        "setp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, %67;\n"
-        "}\n"
-        : HOPPER_F32(c, 0), HOPPER_F32(c, 32)
-        : "l"(a), "l"(b), "r"((int)add), "n"((int)B_ROWS));
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "%64, %65, add, 1, 1, 0, %67;\n"
+                 "}\n"
+                 : HOPPER_F32(c, 0), HOPPER_F32(c, 32)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)B_ROWS));
 }
 
 #endif

@@ -4,12 +4,12 @@
 // takes time for. Here it happens on the accumulators, while other warps keep the tensor cores
 // busy: forward saves reading gate_up, backward also writing and reading the activation's gradient.
 //
-// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared memory
-// through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in registers.
-// They leave the product, rounded, in shared memory and go on with the next tile, while one more
-// warpgroup does the elementwise part of the last one and moves its rows, a line of 128 bytes at a
-// time. So the tensor cores, the copies and the elementwise part never wait for each other unless
-// one of them is the slowest.
+// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared
+// memory through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in
+// registers. They leave the product, rounded, in shared memory and go on with the next tile, while
+// one more warpgroup does the elementwise part of the last one and moves its rows, a line of 128
+// bytes at a time. So the tensor cores, the copies and the elementwise part never wait for each
+// other unless one of them is the slowest.
 //
 // Two blocks are a cluster: 256 rows by 256 columns, each block having 128 of the rows, and each
 // loading half of the columns' operand for both. In the forward pass 128 gate columns and the 128
@@ -23,14 +23,16 @@
 
 enum {
     BLOCK_ROWS = 128,
-    CLUSTER_ROWS = 2 * BLOCK_ROWS,
+    CLUSTER = 2, // blocks; of clusters of four an H200 runs 30, which leaves a tenth of it idle
+    CLUSTER_ROWS = CLUSTER * BLOCK_ROWS,
     TILE_COLUMNS = 256,
     TILE_K = 64, // 128 bytes: one row of the swizzle
     STAGES = 3,
     BOX_BYTES = 64 * TILE_K * 2, // 64 rows or 64 columns
     A_BYTES = 2 * BOX_BYTES,
-    HALF_B_BYTES = 2 * BOX_BYTES,
-    STAGE_BYTES = A_BYTES + 2 * HALF_B_BYTES,
+    B_BYTES = 4 * BOX_BYTES,
+    BOXES = 4 / CLUSTER, // of B that each block loads
+    STAGE_BYTES = A_BYTES + B_BYTES,
     BLOCK_BYTES = BLOCK_ROWS * 128, // 64 columns of the product
     PRODUCT_BYTES = TILE_COLUMNS / 64 * BLOCK_BYTES,
     SHARED_BYTES = STAGES * STAGE_BYTES + PRODUCT_BYTES + 1024, // 1024: to align it
@@ -42,10 +44,7 @@ enum {
     ELEMENTWISE_REGISTERS = 168,
     WARP_ROWS = 32, // of an elementwise warp
     AHEAD = 8,      // rows that it has on their way
-#ifndef BAND_
-#define BAND_ 8
-#endif
-    BAND = BAND_, // cluster tiles of rows that go through the columns together, for the L2 cache
+    BAND = 8,       // cluster tiles of rows that go through the columns together, for the L2 cache
 };
 
 typedef struct HopperArgs {
@@ -92,29 +91,41 @@ static __device__ __forceinline__ void advance(Ring *ring) {
     ring->phase ^= 1;
 }
 
+typedef struct BoxPlace {
+    int column, row;
+} BoxPlace;
+
+// The box of the weight that is quarter `box` of the tile's columns. Forward, (2I, H): 64 gate rows
+// or, the third and fourth, 64 up rows. Backward, (H, I): 64 columns.
+template <bool BACKWARD>
+static __device__ __forceinline__ BoxPlace box_of_b(const HopperArgs &args, const Tile &tile,
+                                                    int box, int step) {
+    if (BACKWARD)
+        return BoxPlace{tile.column_tile * TILE_COLUMNS + box * 64,
+                        tile.group * args.hidden + step * TILE_K};
+    return BoxPlace{step * TILE_K, (2 * tile.group + box / 2) * args.inner +
+                                       tile.column_tile * TILE_COLUMNS / 2 + box % 2 * 64};
+}
+
 template <bool BACKWARD>
 static __device__ __forceinline__ void load_tiles(const HopperArgs &args, uint32_t tiles,
                                                   uint32_t full, uint32_t empty, int rank) {
     Ring ring = {0, 1}; // the stages begin empty
-    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
         const Tile tile = tile_at(args, index);
         const int row = tile.row + rank * BLOCK_ROWS;
         for (int step = 0; step < args.k_steps; step++, advance(&ring)) {
             const uint32_t at = tiles + ring.stage * STAGE_BYTES;
-            const uint32_t b = at + A_BYTES + rank * HALF_B_BYTES;
             const uint32_t loaded = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.phase);
             barrier_expect(loaded, STAGE_BYTES);
             copy_box(at, &args.a, step * TILE_K, row, loaded);
-            if (BACKWARD) { // (H, I): 64 rows by 64 columns a box
-                const int column = tile.column_tile * TILE_COLUMNS + rank * 128;
-                const int k_row = tile.group * args.hidden + step * TILE_K;
-                copy_box_to_all(b, &args.b, column, k_row, loaded, 3);
-                copy_box_to_all(b + BOX_BYTES, &args.b, column + 64, k_row, loaded, 3);
-            } else { // (2I, H): rank 0 has the gate rows, rank 1 the up rows
-                const int weight_row =
-                    (2 * tile.group + rank) * args.inner + tile.column_tile * 128;
-                copy_box_to_all(b, &args.b, step * TILE_K, weight_row, loaded, 3);
+#pragma unroll
+            for (int i = 0; i < BOXES; i++) {
+                const int box = rank * BOXES + i;
+                const BoxPlace from = box_of_b<BACKWARD>(args, tile, box, step);
+                copy_box_to_all(at + A_BYTES + box * BOX_BYTES, &args.b, from.column, from.row,
+                                loaded, (1 << CLUSTER) - 1);
             }
         }
     }
@@ -122,7 +133,12 @@ static __device__ __forceinline__ void load_tiles(const HopperArgs &args, uint32
 
 // --- The warpgroups that multiply ----------------------------------------------------------------
 
-// c = the tile's product for this warpgroup's 64 rows. A stage is handed back to both loaders once
+static __device__ __forceinline__ void give_back(uint32_t empty) {
+#pragma unroll
+    for (int block = 0; block < CLUSTER; block++) barrier_arrive(empty, block);
+}
+
+// c = the tile's product for this warpgroup's 64 rows. A stage is handed back to all loaders once
 // the products that read it are over, one step later.
 template <bool B_ROWS>
 static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ring *ring,
@@ -139,7 +155,7 @@ static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ri
             const uint64_t left = tile_descriptor(a + 32 * k, 1024, 16);
 #pragma unroll
             for (int half = 0; half < 2; half++) { // n = 256 needs more registers at the start
-                const uint32_t at = b + half * HALF_B_BYTES + (B_ROWS ? 2048 : 32) * k;
+                const uint32_t at = b + half * B_BYTES / 2 + (B_ROWS ? 2048 : 32) * k;
                 wgmma_64x128<B_ROWS>(c + 64 * half, left,
                                      tile_descriptor(at, 1024, B_ROWS ? BOX_BYTES : 16),
                                      step > 0 || k > 0);
@@ -147,23 +163,18 @@ static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ri
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (last >= 0 && speaker) {
-            barrier_arrive(empty + 8 * last, 0);
-            barrier_arrive(empty + 8 * last, 1);
-        }
+        if (last >= 0 && speaker) give_back(empty + 8 * last);
         last = ring->stage;
         advance(ring);
     }
     wgmma_wait<0>();
-    if (!speaker) return;
-    barrier_arrive(empty + 8 * last, 0);
-    barrier_arrive(empty + 8 * last, 1);
+    if (speaker) give_back(empty + 8 * last);
 }
 
 // --- The product in shared memory ------------------------------------------------------------
 
-// Four blocks of 64 columns; a block is 128 rows of 128 bytes, swizzled. Four multiplying warps fill
-// 64 rows, two others empty them.
+// Four blocks of 64 columns; a block is 128 rows of 128 bytes, swizzled. Four multiplying warps
+// fill 64 rows, two others empty them.
 typedef struct Handover {
     uint32_t filled, emptied; // barriers of these 64 rows, one arrival per warp
     uint32_t place;           // of the warp's own rows
@@ -201,10 +212,10 @@ typedef struct Line {
 // Row `row` of the warp's rows, chunk `chunk` of the tile's 32.
 static __device__ __forceinline__ Line take(const Handover &h, int row, int chunk) {
     Line line;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(line.v[0]), "=r"(line.v[1]), "=r"(line.v[2]), "=r"(line.v[3])
-                 : "r"(h.place + row * 128 + chunk / 8 * BLOCK_BYTES +
-                       ((chunk % 8 ^ (row & 7)) << 4)));
+    asm volatile(
+        "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+        : "=r"(line.v[0]), "=r"(line.v[1]), "=r"(line.v[2]), "=r"(line.v[3])
+        : "r"(h.place + row * 128 + chunk / 8 * BLOCK_BYTES + ((chunk % 8 ^ (row & 7)) << 4)));
     return line;
 }
 static __device__ __forceinline__ float2 unpack(uint32_t both) {
@@ -316,8 +327,8 @@ static __device__ __forceinline__ float backward_line(const Line &d, float scale
     return dot;
 }
 
-// AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of the
-// rows that follow. `scale`, and what is returned, the gate's gradient: of row `lane`.
+// AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of
+// the rows that follow. `scale`, and what is returned, the gate's gradient: of row `lane`.
 template <bool SCALED>
 static __device__ __forceinline__ float backward_rows(const HopperArgs &args, const Handover &h,
                                                       int first, float scale, GateUp (&next)[AHEAD],
@@ -364,7 +375,7 @@ static __device__ __forceinline__ void multiply_tiles(const HopperArgs &args,
     Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
     Ring ring = {0, 0};
     float c[128];
-    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
         multiply<BACKWARD>(c, args.k_steps, &ring, shared.tiles, shared.full, shared.empty,
                            warpgroup, speaker);
         hand_over(c, &handover, lane);
@@ -377,7 +388,7 @@ static __device__ __forceinline__ void elementwise_tiles(const HopperArgs &args,
                                                          const Shared &shared, int rank) {
     const int own_row = (threadIdx.x / 32 - 12) * WARP_ROWS, lane = threadIdx.x & 31;
     Handover handover = handover_of(shared, own_row);
-    for (int index = blockIdx.x / 2; index < args.tiles; index += gridDim.x / 2) {
+    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
         const Tile tile = tile_at(args, index);
         const int64_t row = tile.row + rank * BLOCK_ROWS + own_row;
         const float scale = SCALED ? scale_of(args, row + lane, tile) : 1.0f;
@@ -408,8 +419,8 @@ static __device__ __forceinline__ void elementwise_tiles(const HopperArgs &args,
 
 static __device__ __forceinline__ void init_barriers(const Shared &shared) {
     for (int s = 0; s < STAGES; s++) {
-        barrier_init(shared.full + 8 * s, 1);  // the loader
-        barrier_init(shared.empty + 8 * s, 4); // both multiplying warpgroups of both blocks
+        barrier_init(shared.full + 8 * s, 1);            // the loader
+        barrier_init(shared.empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
     }
     for (int half = 0; half < 2; half++) { // warps
         barrier_init(shared.handover + 16 * half, 4);
@@ -419,7 +430,7 @@ static __device__ __forceinline__ void init_barriers(const Shared &shared) {
 }
 
 template <bool BACKWARD, bool SCALED>
-static __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     mlp_kernel(const __grid_constant__ HopperArgs args) {
     extern __shared__ char dynamic[];
     __shared__ uint64_t barriers[2 * STAGES + 4];
@@ -520,22 +531,41 @@ static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backwar
     make_groups(mlp, args);
     TRY(make_map(backend, mlp->in, mlp->rows, mlp->hidden, BLOCK_ROWS, &args->a));
     if (backward)
-        return make_map(backend, mlp->weight, (int64_t)groups * mlp->hidden, mlp->inner, TILE_K,
+        return make_map(backend, mlp->weight, (int64_t)groups * mlp->hidden, mlp->inner, 64,
                         &args->b);
-    return make_map(backend, mlp->weight, (int64_t)groups * 2 * mlp->inner, mlp->hidden, 128,
+    return make_map(backend, mlp->weight, (int64_t)groups * 2 * mlp->inner, mlp->hidden, 64,
                     &args->b);
+}
+
+// Prepares the kernel and asks how many of its clusters run at a time: multiprocessors come in
+// groups whose size a cluster need not divide.
+static Status count_clusters(CudaBackend *backend, const void *kernel, int *clusters) {
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = CLUSTER;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(backend->num_sms / CLUSTER * CLUSTER));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = SHARED_BYTES;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    CUDA_TRY(backend, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           SHARED_BYTES));
+    CUDA_TRY(backend, cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
+    if (*clusters < 1) FAIL(STATUS_INTERNAL, "no cluster of %d blocks fits on the GPU", CLUSTER);
+    return STATUS_OK;
 }
 
 template <bool BACKWARD, bool SCALED>
 static Status launch(CudaBackend *backend, const HopperMlp *mlp) {
     HopperArgs args = {};
     TRY(make_args(backend, mlp, BACKWARD, &args));
-    const int clusters = backend->num_sms / 2;
-    const int used = args.tiles < clusters ? args.tiles : clusters;
     auto kernel = mlp_kernel<BACKWARD, SCALED>;
-    CUDA_TRY(backend, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           SHARED_BYTES));
-    kernel<<<2 * (unsigned)used, THREADS, SHARED_BYTES, backend->stream>>>(args);
+    static int clusters; // that fit on the device, the same on every one of a machine
+    if (clusters == 0) TRY(count_clusters(backend, (const void *)kernel, &clusters));
+    const int used = args.tiles < clusters ? args.tiles : clusters;
+    kernel<<<CLUSTER *(unsigned)used, THREADS, SHARED_BYTES, backend->stream>>>(args);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }
