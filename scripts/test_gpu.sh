@@ -35,9 +35,9 @@ one() {
     local name=$1 tool=$2 log=$logs/$1.$2 begin=$SECONDS code=0 words=()
     [ "$tool" = plain ] || words=("$sanitizer" --tool "$tool" --error-exitcode 99)
     timeout "$limit" "${words[@]}" "$bin/test_gpu_$name" >"$log" 2>&1 || code=$?
-    local said
-    said=$(grep -E "ERROR SUMMARY|RACECHECK SUMMARY|checks, |^[0-9]+%" "$log" | tail -2 | tr '\n' ' ')
-    printf '%-15s %-10s exit %-3s %4d s  %s\n' "$name" "$tool" "$code" "$((SECONDS - begin))" "$said"
+    local said ends="ERROR SUMMARY|RACECHECK SUMMARY|checks, |^[0-9]+%"
+    said=$(grep -E "$ends" "$log" | tail -2 | tr '\n' ' ')
+    printf '%-15s %-10s exit %-3s %4d s  %s\n' "$name" "$tool" "$code" $((SECONDS - begin)) "$said"
     [ "$code" -eq 0 ] || [ "$code" -eq 77 ] || echo "$log" >>"$logs/failed"
 }
 
