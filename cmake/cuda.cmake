@@ -39,18 +39,33 @@ if(D2M_CUDA_FOUND)
 
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/*.cu
     ${CMAKE_SOURCE_DIR}/cuda/*.cpp)
-  add_library(d2m_cuda STATIC ${sources})
-  target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
-  target_compile_definitions(d2m_cuda PRIVATE _GNU_SOURCE)
-  target_compile_options(d2m_cuda PRIVATE
+  list(FILTER sources EXCLUDE REGEX "/hopper_[^/]*$")
+  add_library(d2m_cuda_settings INTERFACE)
+  target_include_directories(d2m_cuda_settings INTERFACE ${CMAKE_SOURCE_DIR})
+  target_compile_definitions(d2m_cuda_settings INTERFACE _GNU_SOURCE)
+  target_compile_options(d2m_cuda_settings INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers>"
     "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>"
     "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>")
   if(D2M_WERROR)
-    target_compile_options(d2m_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Werror>"
+    target_compile_options(d2m_cuda_settings INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Werror>"
       "$<$<COMPILE_LANGUAGE:CXX>:-Werror>")
   endif()
-  target_link_libraries(d2m_cuda PUBLIC d2m_base CUDA::cudart CUDA::cublasLt)
+  # cuda/hopper_*.cu need the target 90a, which code for newer chips cannot be made from.
+  if(CMAKE_CUDA_ARCHITECTURES MATCHES "(^|;)90")
+    file(GLOB hopper CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cuda/hopper_*.cu)
+    add_library(d2m_cuda_hopper OBJECT ${hopper})
+    set_target_properties(d2m_cuda_hopper PROPERTIES CUDA_ARCHITECTURES 90a)
+    set(d2m_have_hopper D2M_HAVE_HOPPER=1)
+    target_compile_definitions(d2m_cuda_hopper PRIVATE ${d2m_have_hopper})
+    target_link_libraries(d2m_cuda_hopper PRIVATE d2m_cuda_settings)
+    list(APPEND sources $<TARGET_OBJECTS:d2m_cuda_hopper>)
+  endif()
+  add_library(d2m_cuda STATIC ${sources})
+  target_link_libraries(d2m_cuda PRIVATE d2m_cuda_settings
+    PUBLIC d2m_base CUDA::cudart CUDA::cublasLt)
+  target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
+  target_compile_definitions(d2m_cuda PUBLIC ${d2m_have_hopper})
   target_compile_definitions(d2m_settings INTERFACE D2M_HAVE_CUDA=1)
   if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY AND CUDNN_FRONTEND_INCLUDE_DIR)
     target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_CUDNN=1)

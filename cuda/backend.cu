@@ -358,6 +358,7 @@ Status backend_cuda(const CudaOptions *options, Backend **out) {
     b->deterministic = !options->any_order;
     b->device = options->device;
     b->num_sms = properties.multiProcessorCount;
+    b->capability = 10 * properties.major + properties.minor;
     Status status = create_parts(b);
     if (status != STATUS_OK) {
         destroy(&b->base);

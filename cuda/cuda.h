@@ -40,6 +40,7 @@ typedef struct CudaBackend {
     int device;
     char device_name[256];
     int num_sms;
+    int capability; // 90 = compute capability 9.0
     bool deterministic;
     cudaStream_t stream; // every op, in order
     // Work that may overlap inside one op (the experts' GEMMs) forks from `stream` to these and

@@ -10,6 +10,7 @@
 // for that arrive while the gather, which does not need them, runs.
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
+#include "cuda/hopper_mlp.h"
 #include "cuda/swiglu.cuh"
 
 enum { ROW_THREADS = 256 }; // one row per warp
@@ -20,6 +21,7 @@ typedef struct MoeScratch {
     void *rows;       // (R, H) forward: weighted expert outputs; backward: dx by row
     void *dout;       // (R, H) rows of dout by expert
     void *dgate_up;   // (R, 2I)
+    void *partial;    // of the gates' gradients: hopper_mlp.h
 } MoeScratch;
 
 // One op in flight: what its steps share.
@@ -29,6 +31,7 @@ typedef struct Moe {
     MoeScratch scratch;
     size_t element;       // bytes of a value
     const int32_t *begin; // (N+1) on the host
+    bool fused;           // the products around SwiGLU are done for all experts at once
 } Moe;
 
 // --- Rows --------------------------------------------------------------------------------------
@@ -114,10 +117,15 @@ static MoeBytes moe_bytes(const CudaBackend *b, const MoeFfnArgs *args) {
     return bytes;
 }
 
+static size_t partial_bytes(const MoeFfnArgs *args) {
+    return (size_t)hopper_mlp_partials(args->tokens * args->top_k, args->intermediate_size) *
+           sizeof(float);
+}
+
 size_t cuda_moe_ffn_workspace(const CudaBackend *b, const MoeFfnArgs *args) {
     const MoeBytes bytes = moe_bytes(b, args);
     return 3 * scratch_bytes(bytes.hidden) + scratch_bytes(bytes.inner) +
-           scratch_bytes(2 * bytes.inner);
+           scratch_bytes(2 * bytes.inner) + scratch_bytes(partial_bytes(args));
 }
 
 static Status moe_open(Backend *base, const MoeFfnArgs *args, bool backward, Moe *m) {
@@ -132,7 +140,8 @@ static Status moe_open(Backend *base, const MoeFfnArgs *args, bool backward, Moe
     TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.rows));
     if (!backward) return STATUS_OK;
     TRY(scratch_take(&scratch, bytes.hidden, &m->scratch.dout));
-    return scratch_take(&scratch, 2 * bytes.inner, &m->scratch.dgate_up);
+    TRY(scratch_take(&scratch, 2 * bytes.inner, &m->scratch.dgate_up));
+    return scratch_take(&scratch, partial_bytes(args), &m->scratch.partial);
 }
 
 // Row `row` of a matrix of `width` columns.
@@ -148,6 +157,44 @@ static Status moe_counts(Moe *m) {
     const MoeFfnArgs *args = m->args;
     return counts_finish(m->b, args->routing.expert_begin, args->num_experts,
                          args->tokens * args->top_k, &m->begin);
+}
+
+// --- All experts at once -----------------------------------------------------------------------
+
+// What both passes of the fused kernels read and write; see hopper_mlp.h.
+static HopperMlp fused_mlp(const Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    HopperMlp mlp = {};
+    mlp.groups = args->num_experts;
+    mlp.begin = m->begin;
+    mlp.rows = args->tokens * args->top_k;
+    mlp.hidden = args->hidden_size;
+    mlp.inner = args->intermediate_size;
+    mlp.scale = args->routing.gate;
+    mlp.scale_index = args->routing.slot_of_row;
+    mlp.gate_up = args->gate_up;
+    mlp.activation = m->scratch.activation;
+    return mlp;
+}
+
+static Status fused_forward(Moe *m) {
+    HopperMlp mlp = fused_mlp(m);
+    mlp.weight = m->args->weight_gate_up;
+    mlp.in = m->scratch.x;
+    if (!m->args->out) mlp.activation = NULL;
+    m->fused = hopper_mlp_takes(m->b, &mlp);
+    return m->fused ? hopper_mlp_forward(m->b, &mlp) : STATUS_OK;
+}
+
+static Status fused_backward(Moe *m) {
+    HopperMlp mlp = fused_mlp(m);
+    mlp.weight = m->args->weight_down;
+    mlp.in = m->scratch.dout;
+    mlp.dgate_up = m->scratch.dgate_up;
+    mlp.dscale = m->args->dgate;
+    mlp.partial = (float *)m->scratch.partial;
+    m->fused = hopper_mlp_takes(m->b, &mlp);
+    return m->fused ? hopper_mlp_backward(m->b, &mlp) : STATUS_OK;
 }
 
 // --- One expert ----------------------------------------------------------------------------------
@@ -175,8 +222,7 @@ static Swiglu expert_swiglu(const Moe *m, int expert) {
 
 // --- Forward -----------------------------------------------------------------------------------
 
-static Status forward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
-    const Moe *m = (const Moe *)context;
+static Status gate_up_and_activation(const Moe *m, int e, cudaStream_t stream, int stream_index) {
     const MoeFfnArgs *args = m->args;
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
     const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
@@ -187,8 +233,17 @@ static Status forward_expert(const void *context, int e, cudaStream_t stream, in
     TRY(gemm_run(m->b, &gate_up, stream_index));
     if (!args->out) return STATUS_OK;
     const Swiglu swiglu = expert_swiglu(m, e);
-    TRY(swiglu_forward(m->b, &swiglu, stream));
-    Gemm down = expert_gemm(m, rows, hidden, inner, swiglu.activation,
+    return swiglu_forward(m->b, &swiglu, stream);
+}
+
+static Status forward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    if (!m->fused) TRY(gate_up_and_activation(m, e, stream, stream_index));
+    if (!args->out) return STATUS_OK;
+    Gemm down = expert_gemm(m, rows, hidden, inner, row_of(m, m->scratch.activation, begin, inner),
                             expert_of(args->weight_down, e, hidden, inner, m->element),
                             row_of(m, m->scratch.rows, begin, hidden));
     down.transpose_b = true;
@@ -202,6 +257,8 @@ Status cuda_moe_ffn_forward(Backend *base, const MoeFfnArgs *args) {
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
+    TRY(fused_forward(&m));
+    if (m.fused && !args->out) return STATUS_OK;
     TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
     return args->out ? combine(&m, args->out) : STATUS_OK;
 }
@@ -222,8 +279,7 @@ static Status weight_gradient(const Moe *m, int e, int stream_index, const void 
     return gemm_run(m->b, &g, stream_index);
 }
 
-static Status backward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
-    const Moe *m = (const Moe *)context;
+static Status dgate_up_and_activation(const Moe *m, int e, cudaStream_t stream, int stream_index) {
     const MoeFfnArgs *args = m->args;
     const MoeScratch *scratch = &m->scratch;
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
@@ -237,10 +293,20 @@ static Status backward_expert(const void *context, int e, cudaStream_t stream, i
     swiglu.dactivation = swiglu.activation; // in place
     swiglu.dgate_up = row_of(m, scratch->dgate_up, begin, 2 * inner);
     swiglu.dscale = args->dgate;
-    TRY(swiglu_backward(m->b, &swiglu, stream));
-    const Gemm dx = expert_gemm(m, rows, hidden, 2 * inner, swiglu.dgate_up,
-                                expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
-                                row_of(m, scratch->rows, begin, hidden));
+    return swiglu_backward(m->b, &swiglu, stream);
+}
+
+static Status backward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const MoeScratch *scratch = &m->scratch;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    if (!m->fused) TRY(dgate_up_and_activation(m, e, stream, stream_index));
+    const Gemm dx =
+        expert_gemm(m, rows, hidden, 2 * inner, row_of(m, scratch->dgate_up, begin, 2 * inner),
+                    expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
+                    row_of(m, scratch->rows, begin, hidden));
     TRY(gemm_run(m->b, &dx, stream_index));
     TRY(weight_gradient(m, e, stream_index, scratch->dout, hidden, scratch->activation, inner,
                         args->grad_down));
@@ -270,6 +336,7 @@ Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     TRY(gather_tokens(&m, args->dout, m.scratch.dout));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
+    TRY(fused_backward(&m));
     TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
     if (args->grad_assign) TRY(zero_idle_gradients(&m));
     return combine(&m, args->dx);

@@ -22,9 +22,13 @@ typedef struct Swiglu {
 Status swiglu_forward(CudaBackend *backend, const Swiglu *s, cudaStream_t stream) NODISCARD;
 Status swiglu_backward(CudaBackend *backend, const Swiglu *s, cudaStream_t stream) NODISCARD;
 
-// The fast exponential and division are good to 1e-6 over the range where silu is not g or 0.
+// 1 / (1 + exp(-g)), good to 1e-6 over the range where silu is not g or 0; what would be a denormal
+// number on the way is 0.
 static __device__ __forceinline__ float sigmoid(float g) {
-    return __fdividef(1.0f, 1.0f + __expf(-g));
+    float power, quotient;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(-1.4426950408889634f * g));
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(quotient) : "f"(1.0f + power));
+    return quotient;
 }
 static __device__ __forceinline__ float swiglu_of(float gate, float up) {
     return gate * sigmoid(gate) * up;

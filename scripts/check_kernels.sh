@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Compiles every kernel for sm_87 (or the architectures named) and fails when one spills registers.
+# Kernels of Hopper's own instructions, cuda/hopper_*.cu, are compiled for sm_90a.
 # Needs nvcc, no GPU. With --verbose first, the registers of each kernel are listed, too.
 #
 #     scripts/check_kernels.sh [--verbose] [ARCHITECTURE ...]     # e.g. 87 90
@@ -13,7 +14,8 @@ fi
 
 if [ "${1:-}" = "--compile" ]; then # one file, for xargs below: --compile FOLDER ARCHITECTURE FILE
     report=$2/sm_$3.$(basename "$4")
-    "$nvcc" -std=c++17 -O3 --expt-relaxed-constexpr -D_GNU_SOURCE -I . -arch="sm_$3" -Xptxas -v \
+    "$nvcc" -std=c++17 -O3 --expt-relaxed-constexpr -D_GNU_SOURCE -DD2M_HAVE_HOPPER=1 -I . \
+        -gencode="arch=compute_$3,code=sm_$3" -Xptxas -v \
         -c "$4" -o "$report.o" >"$report.txt" 2>&1 && exit 0
     cat "$report.txt" >&2
     exit 255 # xargs stops
@@ -26,8 +28,11 @@ if [ "${1:-}" = "--verbose" ]; then
 fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/check-kernels-XXXXXX")
 trap 'rm -rf "$work"' EXIT
-for architecture in "${@:-87}"; do
-    for file in cuda/*.cu; do echo "$architecture $file"; done
+for file in cuda/*.cu; do
+    case "$file" in
+    cuda/hopper_*) echo "90a $file" ;;
+    *) for architecture in "${@:-87}"; do echo "$architecture $file"; done ;;
+    esac
 done | xargs -P "$(nproc)" -L 1 scripts/check_kernels.sh --compile "$work"
 
 # ptxas says a kernel's name first, then its stack and spills, then its registers.

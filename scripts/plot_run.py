@@ -220,8 +220,11 @@ def print_perplexity(run, name):
     print(f"{found[-1]['perplexity']:.2f}")
 
 
+SMOOTHED_STEPS = 20  # the loss of a step is that of its own samples: a curve is a mean of several
+
+
 def print_difference(run, other):
-    """The largest relative difference of the training losses and where it is."""
+    """How far two runs' training losses are apart: the worst step, the mean, the worst mean."""
     losses = [{record["step"]: record.get("cross_entropy") for record in read_log(path)["step"]}
               for path in (run, other)]
     steps = sorted(losses[0].keys() & losses[1].keys())
@@ -233,8 +236,13 @@ def print_difference(run, other):
             raise PlotError(f"{path}: the loss of step {missing[0]} is not a number")
     apart = {step: abs(losses[0][step] / losses[1][step] - 1) for step in steps}
     worst = max(steps, key=apart.get)
+    width = min(SMOOTHED_STEPS, len(steps))
+    curves = [[sum(values[step] for step in steps[i:i + width])
+               for i in range(len(steps) - width + 1)] for values in losses]
+    smooth = max(abs(a / b - 1) for a, b in zip(*curves))
     print(f"at most {100 * apart[worst]:.2f} % apart, at step {worst} ({losses[0][worst]:.4f} "
-          f"against {losses[1][worst]:.4f}); {len(steps)} steps compared")
+          f"against {losses[1][worst]:.4f}); {100 * sum(apart.values()) / len(steps):.2f} % in the "
+          f"mean; means of {width} at most {100 * smooth:.2f} %; {len(steps)} steps compared")
 
 
 def main():
@@ -246,8 +254,8 @@ def main():
                         help="print the perplexity of the latest evaluation NAME (start, valid, "
                         "end) and draw nothing")
     parser.add_argument("--compare", type=Path, metavar="OTHER",
-                        help="print the largest relative difference of the training losses of RUN "
-                        "and OTHER and draw nothing")
+                        help="print how far the training losses of RUN and OTHER are apart and draw "
+                        "nothing")
     arguments = parser.parse_args()
     try:
         if arguments.compare:

@@ -90,8 +90,8 @@ class PlotRun(unittest.TestCase):
         records[1]["cross_entropy"] *= 0.98
         other.write_text("".join(json.dumps(record) + "\n" for record in records))
         self.assertEqual(self.plot(self.run_path, "--compare", other).stdout,
-                         "at most 2.04 % apart, at step 30 (3.7000 against 3.6260); 2 steps "
-                         "compared\n")
+                         "at most 2.04 % apart, at step 30 (3.7000 against 3.6260); 1.02 % in "
+                         "the mean; means of 2 at most 1.00 %; 2 steps compared\n")
         records[0]["cross_entropy"] = None
         other.write_text(json.dumps(records[0]) + "\n")
         self.assert_error(self.plot(self.run_path, "--compare", other), "step 20 is not a number")

@@ -1,5 +1,8 @@
 // Bandwidth of the SwiGLU kernels on the GPU, bf16, beside that of a device-to-device copy: the
-// bytes each must move (every operand once) over the time.
+// bytes each must move (every operand once) over the time. On a Hopper chip also the products that
+// have SwiGLU inside, over several inner dimensions: how their time grows with it is the product's
+// own share, and what is left at the shortest is the rest's.
+#include "cuda/hopper_mlp.h"
 #include "cuda/swiglu.cuh"
 extern "C" {
 #include "tests/gpu/gpu_test.h"
@@ -56,8 +59,48 @@ static void bench(Backend *gpu, int64_t rows, int inner) {
     for (Pair *pair : all) pair_free(pair);
 }
 
+static Status run_product_forward(Backend *backend, const void *args) {
+    return hopper_mlp_forward(cuda_of(backend), (const HopperMlp *)args);
+}
+static Status run_product_backward(Backend *backend, const void *args) {
+    return hopper_mlp_backward(cuda_of(backend), (const HopperMlp *)args);
+}
+
+static void bench_products(Backend *gpu, int64_t rows, int inner) {
+    const int hidden[] = {64, 448, 896, 1792}, most = 1792;
+    const OpKind none = OP_KIND_COUNT; // no workspace
+    Pair in = pair_random(gpu, DTYPE_BF16, rows * most, 1.0f);
+    Pair weight = pair_random(gpu, DTYPE_BF16, (int64_t)2 * inner * most, 0.03f);
+    Pair gate_up = pair_random(gpu, DTYPE_BF16, rows * 2 * inner, 1.0f);
+    Pair activation = pair_poisoned(gpu, DTYPE_BF16, rows * inner);
+    Pair dgate_up = pair_poisoned(gpu, DTYPE_BF16, rows * 2 * inner);
+    for (int h : hidden) {
+        HopperMlp m = {};
+        m.groups = 1;
+        m.rows = rows;
+        m.hidden = h;
+        m.inner = inner;
+        m.in = in.gpu;
+        m.weight = weight.gpu;
+        m.gate_up = gate_up.gpu;
+        m.activation = activation.gpu;
+        m.dgate_up = dgate_up.gpu;
+        if (!hopper_mlp_takes(cuda_of(gpu), &m)) break;
+        const double flops = 2.0 * (double)rows * h * inner;
+        const double backward = gpu_bench(gpu, none, &m, run_product_backward);
+        const double forward = gpu_bench(gpu, none, &m, run_product_forward);
+        printf("product and SwiGLU       R%-6lld H%-5d I%-5d forward %.3f ms %4.0f TFLOP/s, "
+               "backward %.3f ms %4.0f TFLOP/s\n",
+               (long long)rows, h, inner, forward * 1e3, 2 * flops / forward * 1e-12,
+               backward * 1e3, flops / backward * 1e-12);
+    }
+    Pair *all[] = {&in, &weight, &gate_up, &activation, &dgate_up};
+    for (Pair *pair : all) pair_free(pair);
+}
+
 int main(void) {
     Backend *gpu = gpu_backend(false);
+    bench_products(gpu, 32768, 4864);
     bench(gpu, 32768, 4864);
     bench(gpu, 8192, 4864);
     bench(gpu, 65536, 768);

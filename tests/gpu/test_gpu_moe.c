@@ -173,7 +173,7 @@ static const Shape shapes[] = {
     {300, 128, 200, 6, 2, SPREAD_HALF},  {301, 128, 200, 6, 3, SPREAD_GAPS},
     {150, 72, 40, 5, 5, SPREAD_EVEN},    {513, 896, 608, 6, 1, SPREAD_EVEN},
     {700, 256, 264, 6, 2, SPREAD_ONE},   {400, 64, 32, 64, 4, SPREAD_EVEN},
-    {200, 100, 50, 256, 2, SPREAD_GAPS},
+    {200, 100, 50, 256, 2, SPREAD_GAPS}, {3000, 128, 1544, 6, 1, SPREAD_HALF},
 };
 
 static void check_all(Backend *gpu) {
