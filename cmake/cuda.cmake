@@ -32,6 +32,10 @@ if(D2M_CUDA_FOUND)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
   set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h")
+  find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV NCCL_PATH
+    PATH_SUFFIXES include)
+  find_library(NCCL_LIBRARY nccl HINTS ${CUDAToolkit_LIBRARY_DIR} ENV NCCL_PATH
+    PATH_SUFFIXES lib lib64)
   find_path(NVTX_INCLUDE_DIR nvtx3/nvToolsExt.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
   file(GLOB venv_include ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/include)
   find_path(CUDNN_FRONTEND_INCLUDE_DIR cudnn_frontend.h HINTS ${D2M_CUDNN_FRONTEND} ${venv_include}
@@ -79,6 +83,14 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
   else()
     set(cudnn_found "not found: attention uses the own kernels")
   endif()
+  if(NCCL_INCLUDE_DIR AND NCCL_LIBRARY)
+    target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_NCCL=1)
+    target_include_directories(d2m_cuda SYSTEM PRIVATE ${NCCL_INCLUDE_DIR})
+    target_link_libraries(d2m_cuda PUBLIC ${NCCL_LIBRARY})
+    set(nccl_found "${NCCL_LIBRARY}")
+  else()
+    set(nccl_found "not found: one GPU only")
+  endif()
   if(NVTX_INCLUDE_DIR) # headers only; they load the tool, if one is attached
     target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_NVTX=1)
     target_include_directories(d2m_cuda SYSTEM PRIVATE ${NVTX_INCLUDE_DIR})
@@ -89,7 +101,7 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
   endif()
   list(APPEND backends d2m_cuda)
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, "
-    "cuDNN ${cudnn_found}; NVTX ${nvtx_found}")
+    "cuDNN ${cudnn_found}; NCCL ${nccl_found}; NVTX ${nvtx_found}")
 
   # GPU tests: tests/gpu/test_gpu_<family>.c, label `gpu`; without a device they exit 77 = skipped.
   if(D2M_TESTS)

@@ -253,6 +253,7 @@ static const BackendOps ops = {
     .adamw = cuda_adamw,
     .norm2 = cuda_norm2,
     .row_similarity = cuda_row_similarity,
+    .accumulate = cuda_accumulate,
     .add = cuda_add,
     .cast = cuda_cast,
     .destroy = destroy,
@@ -307,6 +308,11 @@ bool backend_cuda_present(void) {
     if (error == cudaErrorInsufficientDriver)
         return cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
     return error == cudaSuccess && count > 0;
+}
+
+int backend_cuda_count(void) {
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
 Status backend_cuda_check(int device) {

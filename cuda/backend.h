@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include "base/status.h"
 #include "model/backend.h"
+#include "model/communicator.h"
 
 typedef struct CudaOptions {
     int device;
@@ -16,10 +17,25 @@ typedef struct CudaOptions {
 
 // A GPU is in this machine, whether it can be used or not.
 bool backend_cuda_present(void);
+// Those that this process sees (CUDA_VISIBLE_DEVICES); 0 where none can be used.
+int backend_cuda_count(void);
 // STATUS_USAGE with what to do when there is no device, the driver is too old, or this build has
 // no code for the device.
 Status backend_cuda_check(int device) NODISCARD;
 // Checks the device, too.
 Status backend_cuda(const CudaOptions *options, Backend **out) NODISCARD;
+
+// --- communicator.cu: model/communicator.h over NCCL ---------------------------------------------
+
+enum { CUDA_COMMUNICATOR_ID_BYTES = 128 };
+// What one rank makes and all ranks need to find each other.
+Status communicator_nccl_id(unsigned char id[CUDA_COMMUNICATOR_ID_BYTES]) NODISCARD;
+// All ranks call this with the same id. Waits for them, at most options->timeout_seconds.
+// options->tree is refused (STATUS_USAGE).
+Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICATOR_ID_BYTES],
+                         int rank, int world, const CommunicatorOptions *options,
+                         Communicator **out) NODISCARD;
+// Without it the functions above fail and say so.
+bool communicator_nccl_built(void);
 
 #endif

@@ -138,6 +138,7 @@ def command(arguments, name, case, work):
         "data.train": work / "shards", "data.sequence_length": case.length,
         "train.steps": 1000000, "train.micro_batch": case.batch, "train.global_batch": case.batch,
         "train.recompute": "swiglu", "train.log_every": 1, "optim.schedule": "constant",
+        "parallel.processes": 1,
         "checkpoint.every": 0,
         "report.tensorboard": "false", "report.expert_load_every": 1000, "export.hf": "false",
         **model_settings(case, work)}

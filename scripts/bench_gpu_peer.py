@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The speed of Hugging Face transformers on one GPU: what bench_gpu.py compares the trainer with.
+"""The speed of Hugging Face transformers: what bench_gpu.py and bench_scaling.py compare ours with.
 
 Qwen2ForCausalLM, or Qwen2MoeForCausalLM for the fused model, with random weights: torch.compile,
 SDPA attention, grouped_mm experts, fused AdamW, everything in bf16 (weights and moments, too, which
@@ -7,9 +7,16 @@ is less work than fp32 master weights), no gradient clipping, random tokens that
 before the clock starts. Prints one JSON object. Needs torch and transformers, and no network.
 
     scripts/bench_gpu_peer.py --model dense --batch 16 --length 2048
+
+Under torchrun each process takes a GPU and DistributedDataParallel joins them; --micro-batches
+per step and process then accumulate before gradients are exchanged.
+
+    torchrun --nproc-per-node 4 scripts/bench_gpu_peer.py --model dense --micro-batches 4
 """
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import time
 
@@ -58,35 +65,52 @@ def main():
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--micro-batches", type=int, default=1, help="per step and process")
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
 
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        torch.distributed.init_process_group("nccl")
     torch.manual_seed(1)
     shape = shapes.SHAPES[arguments.model]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = make_model(shape, arguments.length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    step_model = model if arguments.no_compile else torch.compile(model)
+    joined = model
+    if world > 1:
+        joined = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+    step_model = joined if arguments.no_compile else torch.compile(joined)
     batches = [torch.randint(shape.vocab, (arguments.batch, arguments.length), device="cuda")
                for _ in range(8)]
     seconds = []
     for step in range(arguments.warmup + arguments.steps):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        ids = batches[step % len(batches)]
-        loss = step_model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        for micro in range(arguments.micro_batches):
+            last = micro == arguments.micro_batches - 1
+            ids = batches[(step + micro) % len(batches)]
+            with contextlib.nullcontext() if world == 1 or last else joined.no_sync():
+                loss = step_model(input_ids=ids, labels=ids).loss
+                (loss / arguments.micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds[arguments.warmup:])
+    tokens = arguments.batch * arguments.length * arguments.micro_batches * world
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
     print(json.dumps({
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "transformers": transformers.__version__, "loss": float(loss),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "step_seconds": median, "tokens_per_second": arguments.batch * arguments.length / median,
+        "step_seconds": median, "tokens_per_second": tokens / median, "world": world,
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "peak_reserved": torch.cuda.max_memory_reserved()}))
 

@@ -54,7 +54,7 @@ START_TEST(training_takes_what_was_planned) {
     set("train.steps", "2");
     set("optim.warmup_steps", "1");
 
-    ck_assert_ok(prepare_backend(&recipe, &backend));
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
     ck_assert_ok(prepare_model(&recipe, backend, &dir, &config, &source));
     ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
     backend_destroy(backend);

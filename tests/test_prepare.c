@@ -73,7 +73,7 @@ static Status prepared_layers(int *layers) {
     static ModelConfig config;
     TensorSource *source;
     snprintf(dir.path, sizeof dir.path, "%s/test", runs_path);
-    ck_assert_ok(prepare_backend(&recipe, &backend));
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
     Status status = prepare_model(&recipe, backend, &dir, &config, &source);
     if (status == STATUS_OK) {
         *layers = config.num_layers;
@@ -104,7 +104,7 @@ START_TEST(refuses_bad_inputs) {
     set("run.device=cpu");
     set("train.grad_dtype=bf16");
     ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "train.grad_dtype = bf16 needs a");
-    ck_assert_fails(prepare_backend(&recipe, &backend), STATUS_USAGE, "train.grad_dtype = f32");
+    ck_assert_fails(prepare_backend(&recipe, 0, &backend), STATUS_USAGE, "train.grad_dtype = f32");
     set("run.device=cuda");
     set("run.gpu_precision=fp32");
     ck_assert_fails(prepare_check_inputs(&recipe), STATUS_USAGE, "needs run.gpu_precision = bf16");
@@ -171,7 +171,7 @@ START_TEST(random_models_take_the_shards_vocabulary) {
     set("model.source=");
     set("lfuc.enabled=false");
     set("model.family=qwen3");
-    ck_assert_ok(prepare_backend(&recipe, &backend));
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
     ck_assert_ok(prepare_model(&recipe, backend, &dir, &config, &source));
     backend_destroy(backend);
     ck_assert_ptr_null(source);
@@ -341,7 +341,7 @@ START_TEST(memory_plan_counts_the_training_state) {
     Backend *backend;
     RunMemory memory;
     set_up();
-    ck_assert_ok(prepare_backend(&recipe, &backend));
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
     ck_assert_ok(tensor_table_build(&config, &table));
     ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
     // fp32 weights, gradients and two moments of every element of the arenas.
@@ -371,7 +371,7 @@ START_TEST(a_gpu_must_have_room) {
     set_up();
     set("train.micro_batch=64");
     set("train.global_batch=64");
-    ck_assert_ok(prepare_backend(&recipe, &backend));
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
     BackendOps ops = *backend->ops;
     ops.memory = gpu_memory;
     backend->ops = &ops;

@@ -6,12 +6,12 @@
 // without being told to.
 #include "train/device.h"
 
+#include <string.h>
+#include "base/net.h"
 #include "train/recipe.h"
 #ifdef D2M_HAVE_CUDA
 #include "cuda/backend.h"
 #endif
-
-enum { GPU = 0 }; // CUDA_VISIBLE_DEVICES says which one that is
 
 #ifdef D2M_HAVE_CUDA
 
@@ -23,17 +23,48 @@ static bool takes_gpu(int choice) {
     return choice == DEVICE_CUDA || (choice == DEVICE_AUTO && backend_cuda_present());
 }
 
+static int count_gpus(void) {
+    return communicator_nccl_built() ? backend_cuda_count() : 1;
+}
+
+static Status connect_gpus(Backend *backend, const unsigned char *id,
+                           const CommunicatorLinks *links, const CommunicatorOptions *options,
+                           Communicator **out) {
+    TRY(communicator_nccl(backend, id, links->rank, links->world, options, out));
+    for (int r = 0; r < links->world; r++) net_close(links->sockets[r]);
+    return STATUS_OK;
+}
+
+static Status make_gpu_id(unsigned char *id) {
+    return communicator_nccl_id(id);
+}
+
 static Status with_choice(Status status, int choice) {
     if (status == STATUS_OK) return status;
     return status_prefix(status, "run.device = %s: ", choice == DEVICE_AUTO ? "auto" : "cuda");
 }
 
-static Status check_gpu(int choice) {
-    return with_choice(backend_cuda_check(GPU), choice);
+// A scheduler may show each rank all GPUs of the machine, or one of its own.
+static Status find_gpu(const DeviceOptions *options, int *gpu) {
+    const int count = backend_cuda_count();
+    *gpu = count == 1 ? 0 : options->local_rank;
+    if (*gpu < count || *gpu == 0) return STATUS_OK; // with none at all others know what to say
+    FAIL(STATUS_USAGE,
+         "local rank %d, but only %d GPUs are visible; start at most that many ranks "
+         "on a machine",
+         options->local_rank, count);
+}
+
+static Status check_gpu(const DeviceOptions *options) {
+    int gpu;
+    TRY(find_gpu(options, &gpu));
+    return with_choice(backend_cuda_check(gpu), options->choice);
 }
 
 static Status open_gpu(const DeviceOptions *options, Backend **out) {
-    CudaOptions cuda = {.device = GPU,
+    int gpu;
+    TRY(find_gpu(options, &gpu));
+    CudaOptions cuda = {.device = gpu,
                         .fp32 = options->fp32,
                         .graphs = options->graphs,
                         .any_order = options->any_order,
@@ -52,15 +83,32 @@ static bool takes_gpu(int choice) {
     return choice == DEVICE_CUDA;
 }
 
-static Status check_gpu(int choice) {
-    (void)choice;
+static Status check_gpu(const DeviceOptions *options) {
+    (void)options;
     FAIL(STATUS_USAGE, "run.device = cuda: this build has no CUDA backend; use --device cpu, or "
                        "build where CMake finds nvcc");
 }
 
+static int count_gpus(void) {
+    return 1;
+}
+
+// There is no such backend to connect.
+static Status connect_gpus(Backend *backend, const unsigned char *id,
+                           const CommunicatorLinks *links, const CommunicatorOptions *options,
+                           Communicator **out) {
+    (void)backend, (void)id, (void)links, (void)options, (void)out;
+    INVARIANT(false);
+}
+
+static Status make_gpu_id(unsigned char *id) {
+    (void)id;
+    INVARIANT(false);
+}
+
 static Status open_gpu(const DeviceOptions *options, Backend **out) {
     *out = NULL;
-    return check_gpu(options->choice);
+    return check_gpu(options);
 }
 
 #endif
@@ -80,7 +128,7 @@ static Status check_gradients(const DeviceOptions *options) {
 
 Status device_check(const DeviceOptions *options) {
     TRY(check_gradients(options));
-    return takes_gpu(options->choice) ? check_gpu(options->choice) : STATUS_OK;
+    return takes_gpu(options->choice) ? check_gpu(options) : STATUS_OK;
 }
 
 Status device_open(const DeviceOptions *options, Backend **out) {
@@ -88,4 +136,25 @@ Status device_open(const DeviceOptions *options, Backend **out) {
     TRY(check_gradients(options));
     if (takes_gpu(options->choice)) return open_gpu(options, out);
     return backend_cpu(options->threads, out);
+}
+
+int device_count(const DeviceOptions *options) {
+    return takes_gpu(options->choice) ? count_gpus() : 1;
+}
+
+static bool is_gpu(const Backend *backend) {
+    return strcmp(backend->name, "cuda") == 0;
+}
+
+Status device_communicator_id(const Backend *backend, unsigned char id[DEVICE_ID_BYTES]) {
+    memset(id, 0, DEVICE_ID_BYTES);
+    return is_gpu(backend) ? make_gpu_id(id) : STATUS_OK;
+}
+
+Status device_communicator(Backend *backend, const unsigned char id[DEVICE_ID_BYTES],
+                           const CommunicatorLinks *links, const CommunicatorOptions *options,
+                           Communicator **out) {
+    *out = NULL;
+    if (is_gpu(backend)) return connect_gpus(backend, id, links, options, out);
+    return communicator_tcp(links, options, out);
 }

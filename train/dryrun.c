@@ -265,7 +265,7 @@ static Status print_training(const DryRun *dry) {
 
 static Status print_all(DryRun *dry) {
     char *text = NULL;
-    TRY(prepare_backend(dry->recipe, &dry->backend));
+    TRY(prepare_backend(dry->recipe, 0, &dry->backend));
     TRY(prepare_check_world(dry->recipe, dry->backend, dry->ranks));
     TRY(find_shape(dry));
     TRY(recipe_print(dry->recipe, &text));

@@ -16,9 +16,10 @@ enum { CONFIG_JSON_MAX = 16 << 20 };
 
 // --- Backend and options --------------------------------------------------------------------
 
-static DeviceOptions device_options(const Recipe *recipe) {
+static DeviceOptions device_options(const Recipe *recipe, int local_rank) {
     bool narrow = recipe->train_grad_dtype == GRADIENTS_BF16;
     return (DeviceOptions){.choice = recipe->run_device,
+                           .local_rank = local_rank,
                            .threads = (int)recipe->run_threads,
                            .fp32 = recipe->run_gpu_precision == PRECISION_FP32,
                            .graphs = recipe->run_gpu_graphs,
@@ -26,9 +27,23 @@ static DeviceOptions device_options(const Recipe *recipe) {
                            .grad_dtype = narrow ? DTYPE_BF16 : DTYPE_F32};
 }
 
-Status prepare_backend(const Recipe *recipe, Backend **out) {
-    DeviceOptions options = device_options(recipe);
+Status prepare_backend(const Recipe *recipe, int local_rank, Backend **out) {
+    DeviceOptions options = device_options(recipe, local_rank);
     return device_open(&options, out);
+}
+
+int prepare_ranks(const Recipe *recipe) {
+    if (recipe->parallel_processes > 0) return (int)recipe->parallel_processes;
+    const DeviceOptions options = device_options(recipe, 0);
+    const int devices = device_count(&options);
+    int ranks = devices;
+    while (ranks > 1 && recipe->train_global_batch % (recipe->train_micro_batch * ranks) != 0)
+        ranks--;
+    if (ranks < devices)
+        log_info("%d of %d visible GPUs: train.global_batch = %" PRId64
+                 " sequences are no multiple of train.micro_batch = %" PRId64 " times more of them",
+                 ranks, devices, recipe->train_global_batch, recipe->train_micro_batch);
+    return ranks;
 }
 
 OptimizerOptions prepare_optimizer_options(const Recipe *recipe) {
@@ -233,7 +248,7 @@ static Status check_inputs(const Recipe *recipe, bool with_data) {
     ModelConfig *seed = malloc(sizeof *seed);
     FusionPlan *plan = malloc(sizeof *plan);
     TensorSource *source = NULL;
-    DeviceOptions device = device_options(recipe);
+    DeviceOptions device = device_options(recipe, 0);
     Status status = STATUS_OK;
     if (!seed || !plan) FAIL_GOTO(done, STATUS_INTERNAL, "no memory for the model's shape");
     TRY_GOTO(device_check(&device), done);
@@ -354,7 +369,7 @@ static Status prepare_in(const Recipe *recipe, const RunDir *dir, StopAfter stop
     TensorSource *source = NULL;
     ModelConfig *config = malloc(sizeof *config);
     if (!config) FAIL(STATUS_INTERNAL, "no memory for the model's shape");
-    TRY_GOTO(prepare_backend(recipe, &backend), done);
+    TRY_GOTO(prepare_backend(recipe, 0, &backend), done);
     TRY_GOTO(prepare_model(recipe, backend, dir, config, &source), done);
     if (stop == STOP_AFTER_SURGERY) TRY_GOTO(write_surgery(recipe, dir, source), done);
 done:

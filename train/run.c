@@ -201,7 +201,7 @@ done:
 Status run_training(const Recipe *recipe, const RunOptions *options) {
     Backend *backend;
     TRY(prepare_check_inputs(recipe));
-    TRY(prepare_backend(recipe, &backend));
+    TRY(prepare_backend(recipe, 0, &backend));
     Status status = run_training_on(backend, recipe, options);
     backend_destroy(backend);
     return status;

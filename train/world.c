@@ -12,6 +12,7 @@
 #include <string.h>
 #include "base/hash.h"
 #include "base/log.h"
+#include "train/device.h"
 #include "train/rendezvous.h"
 
 enum { WHY_MAX = 500 };
@@ -21,6 +22,7 @@ typedef struct World {
     Rendezvous *rendezvous;
     Communicator *communicator;
     Backend *backend;
+    unsigned char id[DEVICE_ID_BYTES]; // train/device.h
 } World;
 
 // --- What must be equal --------------------------------------------------------------------------
@@ -107,14 +109,24 @@ static Status agree(const World *world, const char *what, Status status) {
 
 // --- The run -------------------------------------------------------------------------------------
 
+// All ranks must have the same kind of device; that of rank 0 also makes the id that GPUs find each
+// other by.
+static Status agree_on_devices(World *world) {
+    Status status = STATUS_OK;
+    TRY(rendezvous_agree(world->rendezvous, "backend", world->backend->name,
+                         "set run.device, or start only ranks that have a GPU"));
+    if (world->launch->rank == 0) status = device_communicator_id(world->backend, world->id);
+    TRY(agree(world, "communicator", status));
+    return rendezvous_broadcast(world->rendezvous, "communicator id", world->id, sizeof world->id);
+}
+
+static Status open_backend(World *world, const Recipe *recipe) {
+    return prepare_backend(recipe, world->launch->local_rank, &world->backend);
+}
+
 static Status connect_ranks(World *world, const Recipe *recipe) {
     const Launch *launch = world->launch;
     const int ranks = launch->world;
-    if (strcmp(world->backend->name, "cpu") != 0)
-        FAIL(STATUS_USAGE,
-             "%d ranks on the %s backend: this build has no communicator for it; train with one "
-             "rank, or on the CPU with run.device = cpu",
-             ranks, world->backend->name);
     int *sockets = calloc((size_t)ranks, sizeof *sockets);
     const char **names = calloc((size_t)ranks, sizeof *names);
     Status status = STATUS_OK;
@@ -125,7 +137,7 @@ static Status connect_ranks(World *world, const Recipe *recipe) {
         .rank = launch->rank, .world = ranks, .sockets = sockets, .names = names};
     const CommunicatorOptions options = {.timeout_seconds = recipe->parallel_hang_seconds,
                                          .tree = recipe->parallel_pairwise};
-    status = communicator_tcp(&links, &options, &world->communicator);
+    status = device_communicator(world->backend, world->id, &links, &options, &world->communicator);
     for (int r = 0; r < ranks && status != STATUS_OK; r++) net_close(sockets[r]);
 done:
     free(sockets);
@@ -137,7 +149,8 @@ static Status train(World *world, const Recipe *recipe, const RunOptions *option
     TRY(meet(world, recipe, options));
     log_debug("rank %d of %d has met the others", world->launch->rank, world->launch->world);
     TRY(agree(world, "inputs", prepare_check_inputs(recipe)));
-    TRY(agree(world, "devices", prepare_backend(recipe, &world->backend)));
+    TRY(agree(world, "devices", open_backend(world, recipe)));
+    TRY(agree_on_devices(world));
     TRY(agree(world, "connections", connect_ranks(world, recipe)));
     RunOptions connected = *options;
     connected.communicator = world->communicator;

@@ -1,0 +1,348 @@
+// The collectives of model/communicator.h over NCCL.
+//
+// The communicator has a stream of its own. A collective waits there for what the compute stream
+// had queued when it was called, and leaves an event behind; waiting for a ticket makes the compute
+// stream wait for that event, and the host for nothing. Collectives run in order, so the event of a
+// later one stands for an earlier one whose own has been used again.
+//
+// NCCL's calls do not block (Config.blocking = 0): whether one has been queued, or a peer is gone,
+// is asked for until it is answered or the time is up. NCCL sums in an order of its own, which is
+// the same in every run with the same ranks on the same machines, and rounds bf16 at each addition.
+// A kernel that waits for a peer that died is ended by abort(), which the watchdog calls; the host,
+// which waits for the stream, then goes on and learns of it from check() or the next collective.
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "cuda/cuda.h"
+
+extern "C" {
+#include "cuda/backend.h"
+}
+
+#ifdef D2M_HAVE_NCCL
+#include <nccl.h>
+
+static_assert(NCCL_UNIQUE_ID_BYTES == CUDA_COMMUNICATOR_ID_BYTES, "the id's size in backend.h");
+
+enum { EVENTS = 64 };
+static const double POLL_SECONDS = 20e-6;
+
+typedef struct NcclCommunicator {
+    Communicator base;
+    CudaBackend *backend;
+    ncclComm_t comm;
+    cudaStream_t stream;
+    cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
+    CommTicket ticket;                // of the last collective; also read by the watchdog's thread
+    const char *name;                 // likewise
+    int aborted;                      // likewise
+    bool failed;
+} NcclCommunicator;
+
+static NcclCommunicator *nccl_of(Communicator *communicator) {
+    return (NcclCommunicator *)communicator;
+}
+
+static double now_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static bool is_aborted(const NcclCommunicator *c) {
+    return __atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) != 0;
+}
+
+// --- Errors --------------------------------------------------------------------------------------
+
+// STATUS_COMMUNICATION naming rank, collective and what NCCL says.
+static Status fail(NcclCommunicator *c, ncclResult_t error) {
+    c->failed = true;
+    FAIL(STATUS_COMMUNICATION, "rank %d of %d, collective %lld (%s): NCCL: %s; %s", c->base.rank,
+         c->base.world, (long long)c->ticket, c->name, ncclGetErrorString(error),
+         c->comm ? ncclGetLastError(c->comm) : "NCCL_DEBUG=INFO says more");
+}
+
+static Status fail_usable(NcclCommunicator *c) {
+    if (is_aborted(c)) {
+        c->failed = true;
+        FAIL(STATUS_COMMUNICATION,
+             "rank %d of %d: communication was aborted in collective %lld (%s)", c->base.rank,
+             c->base.world, (long long)c->ticket, c->name);
+    }
+    if (c->failed)
+        FAIL(STATUS_COMMUNICATION, "rank %d of %d: communication has failed before", c->base.rank,
+             c->base.world);
+    return STATUS_OK;
+}
+
+// Until what was asked of NCCL is queued: `result` is what the call returned.
+static Status finish(NcclCommunicator *c, ncclResult_t result) {
+    const double deadline = now_seconds() + c->base.timeout_seconds;
+    const struct timespec pause = {0, (long)(POLL_SECONDS * 1e9)};
+    while (result == ncclInProgress || result == ncclSuccess) {
+        if (is_aborted(c)) return fail_usable(c);
+        ncclResult_t state = ncclSuccess;
+        const ncclResult_t asked = ncclCommGetAsyncError(c->comm, &state);
+        result = asked == ncclSuccess ? state : asked;
+        if (result == ncclSuccess) return STATUS_OK;
+        if (result == ncclInProgress && now_seconds() > deadline) {
+            c->failed = true;
+            FAIL(STATUS_COMMUNICATION,
+                 "rank %d of %d, collective %lld (%s): NCCL is not ready after %.0f s; a rank is "
+                 "missing or cannot be reached (docs/cluster.md has what to look at)",
+                 c->base.rank, c->base.world, (long long)c->ticket, c->name,
+                 c->base.timeout_seconds);
+        }
+        if (result == ncclInProgress) nanosleep(&pause, NULL);
+    }
+    return fail(c, result);
+}
+
+// --- One collective ------------------------------------------------------------------------------
+
+static Status begin(NcclCommunicator *c, const char *name) {
+    TRY(fail_usable(c));
+    __atomic_store_n(&c->name, name, __ATOMIC_RELAXED);
+    __atomic_store_n(&c->ticket, c->ticket + 1, __ATOMIC_RELEASE);
+    c->backend->current_op = name;
+    CUDA_TRY(c->backend, cudaEventRecord(c->before, c->backend->stream));
+    CUDA_TRY(c->backend, cudaStreamWaitEvent(c->stream, c->before, 0));
+    return STATUS_OK;
+}
+
+static Status end(NcclCommunicator *c, ncclResult_t result, CommTicket *ticket) {
+    TRY(finish(c, result));
+    CUDA_TRY(c->backend, cudaEventRecord(c->done[c->ticket % EVENTS], c->stream));
+    *ticket = c->ticket;
+    return STATUS_OK;
+}
+
+static ncclDataType_t nccl_type(CommType type) {
+    switch (type) {
+    case COMM_F32:
+        return ncclFloat32;
+    case COMM_BF16:
+        return ncclBfloat16;
+    case COMM_F64:
+        return ncclFloat64;
+    case COMM_I64:
+        return ncclInt64;
+    case COMM_BYTE:
+        break;
+    }
+    return ncclUint8;
+}
+static size_t type_bytes(CommType type) {
+    return type == COMM_F32 ? 4 : type == COMM_BF16 ? 2 : type == COMM_BYTE ? 1 : 8;
+}
+static ncclRedOp_t nccl_op(CommReduce op) {
+    return op == COMM_SUM ? ncclSum : op == COMM_MIN ? ncclMin : ncclMax;
+}
+
+static Status all_reduce(Communicator *base, void *values, int64_t count, CommType type,
+                         CommReduce op, CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    TRY(begin(c, "all_reduce"));
+    return end(c,
+               ncclAllReduce(values, values, (size_t)count, nccl_type(type), nccl_op(op), c->comm,
+                             c->stream),
+               ticket);
+}
+
+static Status reduce_scatter(Communicator *base, void *values, int64_t part, CommType type,
+                             CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    char *own = (char *)values + (size_t)(base->rank * part) * type_bytes(type);
+    TRY(begin(c, "reduce_scatter"));
+    return end(
+        c,
+        ncclReduceScatter(values, own, (size_t)part, nccl_type(type), ncclSum, c->comm, c->stream),
+        ticket);
+}
+
+static Status all_gather(Communicator *base, void *values, int64_t part, CommType type,
+                         CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    const char *own = (const char *)values + (size_t)(base->rank * part) * type_bytes(type);
+    TRY(begin(c, "all_gather"));
+    return end(c, ncclAllGather(own, values, (size_t)part, nccl_type(type), c->comm, c->stream),
+               ticket);
+}
+
+static Status broadcast(Communicator *base, void *values, int64_t count, CommType type, int root,
+                        CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    TRY(begin(c, "broadcast"));
+    return end(
+        c, ncclBroadcast(values, values, (size_t)count, nccl_type(type), root, c->comm, c->stream),
+        ticket);
+}
+
+static ncclResult_t queue_pairs(NcclCommunicator *c, const void *send, const int64_t *send_at,
+                                const int64_t *send_bytes, void *recv, const int64_t *recv_at,
+                                const int64_t *recv_bytes) {
+    ncclResult_t first = ncclGroupStart();
+    for (int r = 0; r < c->base.world && (first == ncclSuccess || first == ncclInProgress); r++) {
+        if (send_bytes[r] > 0)
+            first = ncclSend((const char *)send + send_at[r], (size_t)send_bytes[r], ncclUint8, r,
+                             c->comm, c->stream);
+        if (recv_bytes[r] > 0 && (first == ncclSuccess || first == ncclInProgress))
+            first = ncclRecv((char *)recv + recv_at[r], (size_t)recv_bytes[r], ncclUint8, r,
+                             c->comm, c->stream);
+    }
+    const ncclResult_t last = ncclGroupEnd(); // also where a call has failed
+    return first == ncclSuccess || first == ncclInProgress ? last : first;
+}
+
+static Status all_to_all(Communicator *base, const void *send, const int64_t *send_at,
+                         const int64_t *send_bytes, void *recv, const int64_t *recv_at,
+                         const int64_t *recv_bytes, CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    TRY(begin(c, "all_to_all"));
+    return end(c, queue_pairs(c, send, send_at, send_bytes, recv, recv_at, recv_bytes), ticket);
+}
+
+// --- Waiting, failing, ending --------------------------------------------------------------------
+
+static Status check(Communicator *base) {
+    NcclCommunicator *c = nccl_of(base);
+    ncclResult_t state = ncclSuccess;
+    TRY(fail_usable(c));
+    const ncclResult_t asked = ncclCommGetAsyncError(c->comm, &state);
+    if (asked != ncclSuccess) return fail(c, asked);
+    if (state != ncclSuccess && state != ncclInProgress) return fail(c, state);
+    return STATUS_OK;
+}
+
+static Status wait(Communicator *base, CommTicket ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    TRY(check(base));
+    INVARIANT(ticket <= c->ticket);
+    if (ticket <= 0) return STATUS_OK;
+    if (c->ticket - ticket >= EVENTS) ticket = c->ticket - EVENTS + 1;
+    CUDA_TRY(c->backend, cudaStreamWaitEvent(c->backend->stream, c->done[ticket % EVENTS], 0));
+    return STATUS_OK;
+}
+
+static void abort_all(Communicator *base) {
+    NcclCommunicator *c = nccl_of(base);
+    if (__atomic_exchange_n(&c->aborted, 1, __ATOMIC_ACQ_REL)) return;
+    ncclCommAbort(c->comm);
+}
+
+static const char *last(Communicator *base, CommTicket *ticket) {
+    NcclCommunicator *c = nccl_of(base);
+    *ticket = __atomic_load_n(&c->ticket, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(&c->name, __ATOMIC_RELAXED);
+}
+
+static void destroy(Communicator *base) {
+    NcclCommunicator *c = nccl_of(base);
+    if (c->comm && !is_aborted(c)) {
+        // In good order only where nothing has failed: peers may be gone.
+        const bool orderly = !c->failed && finish(c, ncclCommFinalize(c->comm)) == STATUS_OK;
+        if (orderly)
+            ncclCommDestroy(c->comm);
+        else
+            ncclCommAbort(c->comm);
+    }
+    for (cudaEvent_t event : c->done)
+        if (event) cudaEventDestroy(event);
+    if (c->before) cudaEventDestroy(c->before);
+    if (c->stream) cudaStreamDestroy(c->stream);
+    free(c);
+}
+
+static const CommunicatorOps ops = {
+    .all_reduce = all_reduce,
+    .reduce_scatter = reduce_scatter,
+    .all_gather = all_gather,
+    .broadcast = broadcast,
+    .all_to_all = all_to_all,
+    .wait = wait,
+    .check = check,
+    .abort = abort_all,
+    .last = last,
+    .destroy = destroy,
+};
+
+// --- Making one ----------------------------------------------------------------------------------
+
+Status communicator_nccl_id(unsigned char id[CUDA_COMMUNICATOR_ID_BYTES]) {
+    ncclUniqueId made;
+    const ncclResult_t error = ncclGetUniqueId(&made);
+    if (error != ncclSuccess)
+        FAIL(STATUS_COMMUNICATION, "NCCL cannot make an id: %s; %s", ncclGetErrorString(error),
+             ncclGetLastError(NULL));
+    memcpy(id, made.internal, CUDA_COMMUNICATOR_ID_BYTES);
+    return STATUS_OK;
+}
+
+static Status connect(NcclCommunicator *c, const unsigned char *id) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    ncclUniqueId unique;
+    config.blocking = 0;
+    memcpy(unique.internal, id, CUDA_COMMUNICATOR_ID_BYTES);
+    CUDA_TRY(c->backend, cudaSetDevice(c->backend->device));
+    // Above the compute stream, so that what others wait for is not behind this rank's own work.
+    int least, greatest;
+    CUDA_TRY(c->backend, cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_TRY(c->backend, cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, greatest));
+    CUDA_TRY(c->backend, cudaEventCreateWithFlags(&c->before, cudaEventDisableTiming));
+    for (cudaEvent_t &event : c->done)
+        CUDA_TRY(c->backend, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    const ncclResult_t result =
+        ncclCommInitRankConfig(&c->comm, c->base.world, unique, c->base.rank, &config);
+    if (!c->comm) return fail(c, result);
+    return finish(c, result);
+}
+
+Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICATOR_ID_BYTES],
+                         int rank, int world, const CommunicatorOptions *options,
+                         Communicator **out) {
+    *out = NULL;
+    if (options->tree)
+        FAIL(STATUS_USAGE, "sums in pairs of ranks are the CPU's: NCCL has an order of its own; "
+                           "set parallel.pairwise = false");
+    NcclCommunicator *c = (NcclCommunicator *)calloc(1, sizeof *c);
+    if (!c) FAIL(STATUS_INTERNAL, "out of memory for the communicator");
+    c->base.ops = &ops;
+    c->base.rank = rank;
+    c->base.world = world;
+    c->base.timeout_seconds = options->timeout_seconds;
+    c->backend = cuda_of(backend);
+    c->name = "none";
+    const Status status = connect(c, id);
+    if (status != STATUS_OK) {
+        c->failed = true;
+        destroy(&c->base);
+        return status;
+    }
+    *out = &c->base;
+    return STATUS_OK;
+}
+
+bool communicator_nccl_built(void) {
+    return true;
+}
+
+#else // no NCCL where this was built
+
+static Status no_nccl(void) {
+    FAIL(STATUS_USAGE, "this build has no NCCL, which several GPUs need: install it (libnccl-dev) "
+                       "and build again, or train on one GPU");
+}
+Status communicator_nccl_id(unsigned char *) {
+    return no_nccl();
+}
+Status communicator_nccl(Backend *, const unsigned char *, int, int, const CommunicatorOptions *,
+                         Communicator **out) {
+    *out = NULL;
+    return no_nccl();
+}
+bool communicator_nccl_built(void) {
+    return false;
+}
+
+#endif

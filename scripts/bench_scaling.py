@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Tokens per second on 1, 2, 4, ... GPUs of one host, and PyTorch DDP beside it, as a table.
+
+A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
+16 x 2048 as long as there are that many. Our trainer starts its ranks itself (train --gpus N); the
+peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
+machine; medians over the steps after a warm-up.
+
+    scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
+    scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
+    scripts/bench_scaling.py --build build --set parallel.zero=2
+
+Needs what bench_gpu.py needs. NCCL's variables are handed on.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import bench_gpu
+import bench_gpu_shapes as shapes
+
+SCRIPTS = Path(__file__).resolve().parent
+LENGTH, SEQUENCES, MICRO = 2048, 256, 16  # 524,288 tokens a step
+AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}     # times one GPU
+
+
+def count_gpus():
+    done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                          capture_output=True, text=True, check=False)
+    return len(done.stdout.strip().splitlines())
+
+
+def run_ours(arguments, model, gpus, work):
+    settings = (f"train.global_batch={SEQUENCES}", f"parallel.processes={gpus}")
+    case = bench_gpu.Case(model, MICRO, LENGTH, settings=settings)
+    result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case, work)
+    result.tokens_per_second *= SEQUENCES / MICRO  # bench_gpu counts one micro-batch a step
+    return result
+
+
+def run_peer(arguments, model, gpus):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(gpus), SCRIPTS / "bench_gpu_peer.py", "--model", model, "--batch", str(MICRO),
+             "--length", str(LENGTH), "--micro-batches", str(SEQUENCES // MICRO // gpus),
+             "--warmup", str(arguments.warmup), "--steps", str(arguments.steps)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=environment,
+                              timeout=arguments.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return bench_gpu.Result(problem=f"longer than {arguments.timeout} s")
+    if done.returncode != 0:
+        return bench_gpu.Result(problem=" | ".join(done.stderr.strip().splitlines()[-3:]))
+    details = json.loads(done.stdout.strip().splitlines()[-1])
+    return bench_gpu.Result(details["tokens_per_second"], details["peak_allocated"],
+                            details=details)
+
+
+def row(model, gpus, ours, single, peer):
+    """`single`: tokens per second of ours on one GPU, or None."""
+    times = ours.tokens_per_second / single if single and ours.tokens_per_second else None
+    goal = AT_LEAST.get(gpus)
+    cells = [model, str(gpus), bench_gpu.gigabytes(ours.peak_bytes),
+             f"{ours.tokens_per_second / 1e3:.1f} k" if ours.tokens_per_second else "failed",
+             f"{times:.2f}" if times else "-", f"{100 * times / gpus:.1f} %" if times else "-",
+             f"{goal}" if goal else "-",
+             "-" if not goal or not times else "yes" if times >= goal else "NO"]
+    if peer:
+        rate = peer.tokens_per_second
+        cells += [f"{rate / 1e3:.1f} k" if rate else "failed",
+                  f"{ours.tokens_per_second / rate:.2f}x" if rate else "-"]
+    else:
+        cells += ["-", "-"]
+    return cells
+
+
+def print_table(rows):
+    head = ["model", "GPUs", "GB a GPU", "ours tok/s", "times one", "of linear", "at least", "met",
+            "DDP tok/s", "ratio"]
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    for line in [head, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--build", default="build", help="folder with bin/train")
+    parser.add_argument("--gpus", help="comma-separated; default: 1, 2, 4, ... up to all")
+    parser.add_argument("--cases", default="dense,lfuc", help="default: both")
+    parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
+                        help="for our trainer; may be repeated")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--timeout", type=int, default=500, help="seconds for one side of a case")
+    parser.add_argument("--work", help="folder for shards, weights and logs (default: temporary)")
+    arguments = parser.parse_args()
+    there = count_gpus()
+    asked = [int(n) for n in arguments.gpus.split(",")] if arguments.gpus else \
+        [n for n in (1, 2, 4, 8) if n <= there]
+    wrong = [n for n in asked if n < 1 or n > there or SEQUENCES // MICRO % n]
+    if wrong:
+        parser.error(f"--gpus: {wrong[0]}, but there are {there} GPUs and a step has "
+                     f"{SEQUENCES // MICRO} micro-batches to divide")
+
+    print(f"{there} x {bench_gpu.query('name') or 'unknown GPU'}; {SEQUENCES * LENGTH} tokens a "
+          f"step, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
+    work = Path(arguments.work or tempfile.mkdtemp(prefix="bench-scaling-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "shards" / "shards.json").exists():
+        bench_gpu.write_shards(work / "shards", shapes.SHAPES["dense"].vocab)
+    rows = []
+    for model in arguments.cases.split(","):
+        single = None
+        for gpus in asked:
+            ours = run_ours(arguments, model, gpus, work)
+            single = ours.tokens_per_second if gpus == 1 else single
+            peer = None if arguments.no_peer else run_peer(arguments, model, gpus)
+            for side, result in (("ours", ours), ("peer", peer)):
+                if result and result.problem:
+                    print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
+            rows.append(row(model, gpus, ours, single, peer))
+            print("  ".join(rows[-1]), flush=True)
+    print()
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
