@@ -5,6 +5,7 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include "base/log.h"
+#include "base/random.h"
 #include "train/rendezvous.h"
 #include "train/rendezvous_wire.h"
 
@@ -215,10 +216,31 @@ static Status speak_other_protocol(const Actor *actor) {
     return STATUS_OK;
 }
 
+// Hellos of the right form with bytes of any kind in every field.
+static Status say_random_things(const Actor *actor) {
+    Hello hello;
+    Verdict verdict;
+    int fd;
+    for (uint64_t round = 0; round < 50; round++) {
+        for (size_t i = 0; i < sizeof hello; i++)
+            ((uint8_t *)&hello)[i] = (uint8_t)random_u64(3, round, i);
+        memcpy(hello.magic, HELLO_MAGIC, sizeof hello.magic);
+        if (round % 2) hello.protocol = PROTOCOL;
+        TRY(connect_to_master(actor, &fd));
+        TRY(net_send(fd, "master", &hello, sizeof hello, clock_seconds() + 5));
+        Status status = rendezvous_recv_verdict(fd, "master", &verdict, clock_seconds() + 5);
+        EXPECT(status == STATUS_USAGE, "%d: %s", status, status_message());
+        for (const char *c = status_message(); *c; c++)
+            EXPECT(*c >= ' ' && *c <= '~', "byte %d in the answer", *c);
+        net_close(fd);
+    }
+    return STATUS_OK;
+}
+
 START_TEST(strangers_change_nothing) {
     static Status (*const strangers[])(const Actor *) = {say_garbage, say_nothing,
-                                                         speak_other_protocol};
-    for (int i = 0; i < 3; i++) {
+                                                         speak_other_protocol, say_random_things};
+    for (int i = 0; i < 4; i++) {
         cast(3, 20);
         actors[1].delay_ms = 1500; // the strangers come first
         for (int rank = 0; rank < 3; rank++) actors[rank].act = talk;

@@ -21,7 +21,7 @@
 #include "base/log.h"
 #include "train/rendezvous_wire.h"
 
-enum { MISFITS_MAX = 64, GRACE_SECONDS = 2, AGAIN_MS = 200, ID_SHOWN = 32 };
+enum { MISFITS_MAX = 64, GRACE_SECONDS = 2, AGAIN_MS = 200, ID_SHOWN = 32, REPORTS_MAX = 10 };
 
 // --- Texts ---------------------------------------------------------------------------------------
 
@@ -72,6 +72,14 @@ Status rendezvous_recv_verdict(int fd, const char *peer, Verdict *verdict, doubl
     return STATUS_OK;
 }
 
+static void clean_hello(Hello *hello) {
+    rendezvous_clean_text(hello->host, sizeof hello->host);
+    rendezvous_clean_text(hello->job, sizeof hello->job);
+    rendezvous_clean_text(hello->recipe, sizeof hello->recipe);
+    rendezvous_clean_text(hello->build, sizeof hello->build);
+    clean_lines(hello->recipe_text, sizeof hello->recipe_text);
+}
+
 const char *rendezvous_listen_host(const Rendezvous *r) {
     bool local =
         strcmp(r->master_host, "localhost") == 0 || strncmp(r->master_host, "127.", 4) == 0;
@@ -95,6 +103,7 @@ static Status make_hello(const Rendezvous *r, const RendezvousOptions *options, 
     strcpy(hello->build, options->build);
     if (options->recipe_text && strlen(options->recipe_text) < RECIPE_TEXT)
         strcpy(hello->recipe_text, options->recipe_text);
+    clean_hello(hello); // so that both sides compare the same
     return STATUS_OK;
 }
 
@@ -113,6 +122,7 @@ typedef struct Host {
     int num_misfits;
     char problems[VERDICT_TEXT]; // why this run cannot start, one after the other
     char refused[512];           // the newest refusal, for the message at a time-out
+    int num_refused;
     double deadline;
 } Host;
 
@@ -150,7 +160,8 @@ __attribute__((format(printf, 3, 4))) static void refuse(Host *host, Guest *gues
     va_end(arguments);
     snprintf(host->refused, sizeof host->refused, "a connection from %.80s was refused: %s",
              guest->peer, text);
-    log_warn("rendezvous: %s", host->refused);
+    log_line(++host->num_refused > REPORTS_MAX ? LOG_DEBUG : LOG_WARN, "rendezvous: %s",
+             host->refused);
     rendezvous_make_verdict(&verdict, STATUS_USAGE, text);
     tell(guest->fd, guest->peer, &verdict);
 }
@@ -186,11 +197,7 @@ static void arrived(void *context, Guest *guest) {
     const Hello *self = &host->hellos[0];
     Hello hello;
     memcpy(&hello, guest->message, sizeof hello);
-    rendezvous_clean_text(hello.host, sizeof hello.host);
-    rendezvous_clean_text(hello.job, sizeof hello.job);
-    rendezvous_clean_text(hello.recipe, sizeof hello.recipe);
-    rendezvous_clean_text(hello.build, sizeof hello.build);
-    clean_lines(hello.recipe_text, sizeof hello.recipe_text);
+    clean_hello(&hello);
     if (hello.protocol != PROTOCOL) {
         refuse(host, guest,
                "protocol %" PRIu32 " came, %d is spoken here; use one version of the "
