@@ -494,7 +494,7 @@ static Status spoiled_cross_entropy(Backend *backend, const LinearCrossEntropyAr
 
 static Status train_spoiled(const Recipe *recipe, const RunOptions *options) {
     Backend *backend;
-    TRY(prepare_backend(recipe, &backend));
+    TRY(prepare_backend(recipe, 0, &backend));
     static BackendOps ops;
     ops = *backend->ops;
     spoil.cross_entropy = ops.linear_cross_entropy;
@@ -543,7 +543,7 @@ static Status slow_cross_entropy(Backend *backend, const LinearCrossEntropyArgs 
 
 static Status train_slowly(const Recipe *recipe, const RunOptions *options) {
     Backend *backend;
-    TRY(prepare_backend(recipe, &backend));
+    TRY(prepare_backend(recipe, 0, &backend));
     static BackendOps ops;
     ops = *backend->ops;
     spoil.cross_entropy = ops.linear_cross_entropy;

@@ -43,7 +43,7 @@ static Status spoiled_norm2(Backend *backend, DType dtype, const void *grad, int
 
 static Status train_spoiled(const Recipe *recipe, const RunOptions *options) {
     Backend *backend;
-    TRY(prepare_backend(recipe, &backend));
+    TRY(prepare_backend(recipe, 0, &backend));
     static BackendOps ops;
     ops = *backend->ops;
     spoil.cross_entropy = ops.linear_cross_entropy;
