@@ -23,10 +23,6 @@ static bool takes_gpu(int choice) {
     return choice == DEVICE_CUDA || (choice == DEVICE_AUTO && backend_cuda_present());
 }
 
-static int count_gpus(void) {
-    return communicator_nccl_built() ? backend_cuda_count() : 1;
-}
-
 static Status connect_gpus(Backend *backend, const unsigned char *id,
                            const CommunicatorLinks *links, const CommunicatorOptions *options,
                            Communicator **out) {
@@ -89,10 +85,6 @@ static Status check_gpu(const DeviceOptions *options) {
                        "build where CMake finds nvcc");
 }
 
-static int count_gpus(void) {
-    return 1;
-}
-
 // There is no such backend to connect.
 static Status connect_gpus(Backend *backend, const unsigned char *id,
                            const CommunicatorLinks *links, const CommunicatorOptions *options,
@@ -136,10 +128,6 @@ Status device_open(const DeviceOptions *options, Backend **out) {
     TRY(check_gradients(options));
     if (takes_gpu(options->choice)) return open_gpu(options, out);
     return backend_cpu(options->threads, out);
-}
-
-int device_count(const DeviceOptions *options) {
-    return takes_gpu(options->choice) ? count_gpus() : 1;
 }
 
 static bool is_gpu(const Backend *backend) {
