@@ -361,7 +361,10 @@ static Status launch(CudaBackend *backend, const HopperMlp *mlp) {
     auto kernel = mlp_kernel<BACKWARD, SCALED>;
     static int clusters; // that fit on the device, the same on every one of a machine
     if (clusters == 0) TRY(count_clusters(backend, (const void *)kernel, &clusters));
-    const int used = args.tiles < clusters ? args.tiles : clusters;
+    // Blocks that stay for their share of all tiles are late by a whole share where a collective
+    // has taken their SMs. Shares of a few tiles then let the others take over.
+    const int most = backend->shares_sms ? (int)div_up(args.tiles, TILES_SHARED) : clusters;
+    const int used = args.tiles < most ? args.tiles : most;
     kernel<<<CLUSTER *(unsigned)used, THREADS, SHARED_BYTES, backend->stream>>>(args);
     LAUNCH_TRY(backend);
     return STATUS_OK;

@@ -27,9 +27,10 @@ enum {
     LOAD_REGISTERS = 24,
     MULTIPLY_REGISTERS = 160,
     ELEMENTWISE_REGISTERS = 168,
-    WARP_ROWS = 32, // of an elementwise warp
-    AHEAD = 8,      // rows that it has on their way
-    BAND = 8,       // cluster tiles of rows that go through the columns together, for the L2 cache
+    WARP_ROWS = 32,   // of an elementwise warp
+    AHEAD = 8,        // rows that it has on their way
+    TILES_SHARED = 8, // of a cluster, where SMs are shared with collectives
+    BAND = 8, // cluster tiles of rows that go through the columns together, for the L2 cache
 };
 
 typedef struct HopperArgs {

@@ -397,10 +397,41 @@ START_TEST(a_gpu_must_have_room) {
 }
 END_TEST
 
+// One byte less than each of these needs asks for the next.
+START_TEST(what_saves_memory_is_tried_by_what_it_costs) {
+    static const char *const changes[] = {"train.recompute=swiglu", "train.recompute=layer",
+                                          "optim.state_dtype=bf16"};
+    static const char *const hints[] = {
+        "with train.micro_batch = 1, train.recompute = swiglu: ",
+        "with train.micro_batch = 1, train.recompute = layer: ",
+        "with train.micro_batch = 1, train.recompute = layer, optim.state_dtype = bf16: "};
+    ModelConfig config = small_config(LAYERS);
+    Backend *backend;
+    RunMemory memory;
+    set_up();
+    set("train.micro_batch=1");
+    set("train.global_batch=1");
+    set("train.recompute=none");
+    ck_assert_ok(prepare_backend(&recipe, 0, &backend));
+    BackendOps ops = *backend->ops;
+    ops.memory = gpu_memory;
+    backend->ops = &ops;
+    const Recipe asked = recipe;
+    for (int i = 0; i < 3; i++) {
+        ck_assert_ok(run_memory_plan(&recipe, backend, &config, 1, &memory));
+        gpu_free = memory_plan_total(&memory.gpu) - 1;
+        ck_assert_fails(memory_check(&asked, backend, &config, 1), STATUS_USAGE, "activations");
+        ck_assert_msg(strstr(status_message(), hints[i]), "%s", status_message());
+        set("%s", changes[i]);
+    }
+    backend_destroy(backend);
+}
+END_TEST
+
 TEST_MAIN("prepare", TEST(refuses_bad_inputs), TEST(refuses_another_tokenizer),
           TEST(refuses_incomplete_models), TEST(random_models_take_the_shards_vocabulary),
           TEST(reads_several_sources), TEST(keeps_its_plan),
           TEST(changed_recipes_make_a_new_plan_until_trained), TEST(edited_and_given_plans_count),
           TEST(damaged_plans_are_refused), TEST(surgery_only_writes_the_fused_model),
           TEST(stopping_early_fails_cleanly), TEST(memory_plan_counts_the_training_state),
-          TEST(a_gpu_must_have_room))
+          TEST(a_gpu_must_have_room), TEST(what_saves_memory_is_tried_by_what_it_costs))

@@ -194,7 +194,7 @@ static void print_what_fits(const DryRun *dry) {
     char change[MEMORY_CHANGE_MAX], text[BYTES_TEXT_SIZE];
     if (!memory_variant(&variant, dry->backend, &dry->config, dry->ranks, change, &memory) &&
         !variant_with_experts(dry, &variant, change, &memory)) {
-        printf("  no change of micro_batch, recompute or num_experts makes it fit\n");
+        printf("  no micro_batch, recompute, narrower state or num_experts makes it fit\n");
         return;
     }
     const MemoryPlan *plan = memory.on_gpu ? &memory.gpu : &memory.machine;

@@ -135,15 +135,60 @@ static bool variant_fits(const Recipe *variant, Backend *backend, const ModelCon
     return false;
 }
 
+// What takes less memory beside a smaller micro-batch, by what it costs: time, then precision. Each
+// changes the recipe and says whether that was a change.
+static bool recompute_swiglu(Recipe *r, const Backend *backend) {
+    (void)backend;
+    if (strcmp(r->train_recompute, "none") != 0) return false;
+    snprintf(r->train_recompute, sizeof r->train_recompute, "swiglu");
+    return true;
+}
+static bool recompute_layer(Recipe *r, const Backend *backend) {
+    (void)backend;
+    if (strcmp(r->train_recompute, "layer") == 0) return false;
+    snprintf(r->train_recompute, sizeof r->train_recompute, "layer");
+    return true;
+}
+static bool narrow_state(Recipe *r, const Backend *backend) {
+    (void)backend;
+    if (r->optim_state_dtype == STATE_BF16) return false;
+    r->optim_state_dtype = STATE_BF16;
+    return true;
+}
+static bool narrow_gradients(Recipe *r, const Backend *backend) {
+    if (r->train_grad_dtype == GRADIENTS_BF16 || backend->compute_dtype != DTYPE_BF16) return false;
+    r->train_grad_dtype = GRADIENTS_BF16;
+    return true;
+}
+
+typedef struct Saving {
+    bool (*apply)(Recipe *, const Backend *);
+    const char *replaces, *text; // the text of an earlier one that it makes pointless, and its own
+} Saving;
+static const Saving savings[] = {
+    {recompute_swiglu, NULL, ", train.recompute = swiglu"},
+    {recompute_layer, ", train.recompute = swiglu", ", train.recompute = layer"},
+    {narrow_state, NULL, ", optim.state_dtype = bf16"},
+    {narrow_gradients, NULL, ", train.grad_dtype = bf16"},
+};
+enum { NUM_SAVINGS = sizeof savings / sizeof savings[0] };
+
+static void add_saving(const Saving *saving, char text[MEMORY_CHANGE_MAX]) {
+    char *earlier = saving->replaces ? strstr(text, saving->replaces) : NULL;
+    size_t used = earlier ? (size_t)(earlier - text) : strlen(text);
+    snprintf(text + used, MEMORY_CHANGE_MAX - used, "%s", saving->text);
+}
+
 bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config, int ranks,
                     char change[MEMORY_CHANGE_MAX], RunMemory *memory) {
     const int64_t micro_batch = variant->train_micro_batch;
-    for (int layer = 0; layer < 2; layer++) {
-        if (layer) snprintf(variant->train_recompute, sizeof variant->train_recompute, "layer");
-        for (int64_t b = layer ? micro_batch : micro_batch / 2; b >= 1; b /= 2) {
+    char extra[MEMORY_CHANGE_MAX] = "";
+    for (int n = 0; n <= NUM_SAVINGS; n++) {
+        if (n > 0 && !savings[n - 1].apply(variant, backend)) continue;
+        if (n > 0) add_saving(&savings[n - 1], extra);
+        for (int64_t b = n > 0 ? micro_batch : micro_batch / 2; b >= 1; b /= 2) {
             variant->train_micro_batch = b;
-            snprintf(change, MEMORY_CHANGE_MAX, "train.micro_batch = %" PRId64 "%s", b,
-                     layer ? ", train.recompute = layer" : "");
+            snprintf(change, MEMORY_CHANGE_MAX, "train.micro_batch = %" PRId64 "%.120s", b, extra);
             if (variant_fits(variant, backend, config, ranks, memory)) return true;
         }
     }
@@ -198,7 +243,9 @@ Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *c
     if (memory_variant(&variant, backend, config, ranks, change, &smaller))
         add_text(&t, "\nwith %s: %s", change, bytes_text(memory_plan_total(&smaller.gpu), need));
     else
-        add_text(&t, "\nno micro_batch or recompute makes it fit; train a smaller model");
+        add_text(
+            &t,
+            "\nno micro_batch, recompute or narrower state makes it fit; train a smaller model");
     FAIL(STATUS_USAGE, "%s", t.text);
 }
 

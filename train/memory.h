@@ -31,7 +31,8 @@ bool memory_fits(const RunMemory *memory);
 // Bytes of the items that make up the training state: weights, gradients, AdamW's moments.
 uint64_t memory_training_state(const RunMemory *memory);
 
-// Tries what costs least first: a smaller micro-batch, then recomputing layers. True when one fits:
+// Tries what costs least first: a smaller micro-batch, recomputing activations, bf16 for AdamW's
+// moments and for gradients, each with what came before. True when one fits:
 // `variant` (in: the recipe), `change` and `memory` say which. The model stays as it is.
 enum { MEMORY_CHANGE_MAX = 160 };
 bool memory_variant(Recipe *variant, Backend *backend, const ModelConfig *config, int ranks,
