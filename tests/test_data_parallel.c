@@ -640,6 +640,80 @@ START_TEST(a_failed_write_on_one_rank_fails_that_save_on_all) {
 }
 END_TEST
 
+// Fails one operation on the files of one save; other saves are left alone.
+typedef struct OneFailure {
+    int number, seen; // from 1
+} OneFailure;
+
+static int fail_once(void *context, IoOp op, const char *path, size_t *bytes) {
+    OneFailure *failure = context;
+    (void)bytes;
+    if (op == IO_LOCK || op == IO_READ || !path || !strstr(path, "step_00000008")) return 0;
+    return __atomic_add_fetch(&failure->seen, 1, __ATOMIC_RELAXED) == failure->number ? EIO : 0;
+}
+
+START_TEST(any_failed_operation_of_a_save_fails_at_most_that_save) {
+    tiny_prepare();
+    Job whole = job_of(tiny_dense_recipe("whole"));
+    tiny_set(&whole.recipe, "train.steps=16");
+    run_ok(2, &whole);
+    int failed = 0, rounds = 0;
+    for (int victim = 0; victim < 2; victim++) {
+        for (int number = 1; number <= (victim ? 9 : 26); number += 4, rounds++) {
+            char name[32];
+            snprintf(name, sizeof name, "once%d_%d", victim, number);
+            Job job = job_of(tiny_dense_recipe(name));
+            tiny_set(&job.recipe, "train.steps=16");
+            OneFailure failure = {.number = number};
+            job.victim = victim;
+            job.hook = fail_once;
+            job.context = &failure;
+            run_ok(2, &job);
+            size_t events = tiny_count_events(name, "save_failed");
+            ck_assert_uint_le(events, 1); // removing old checkpoints may fail without harm
+            failed += (int)events;
+            expect_same_run_of(2, "whole", name);
+        }
+    }
+    ck_assert_int_ge(failed, rounds / 2);
+}
+END_TEST
+
+// --- Profile -------------------------------------------------------------------------------------
+
+START_TEST(a_profile_shows_what_goes_between_ranks) {
+    static const char *const rows[] = {"reduce_scatter", "all_gather", "all_reduce",
+                                       "wait for ranks"};
+    tiny_prepare();
+    Job job = job_of(tiny_moe_recipe("watched"));
+    job.options.profile_steps = 3;
+    run_ok(2, &job);
+    json_t *root, *op;
+    size_t index;
+    double sum = 0;
+    ck_assert_ok(json_read_file(tiny_run_path("watched-profile", "profile.json"), 1 << 20, &root));
+    for (int i = 0; i < 4; i++) {
+        bool found = false;
+        json_array_foreach(json_object_get(root, "ops"), index, op) {
+            if (strcmp(json_string_value(json_object_get(op, "op")), rows[i]) != 0) continue;
+            found = true;
+            sum += json_number_value(json_object_get(op, "ms"));
+            // One small sum a step, and as many buckets one way as the other.
+            double calls = json_number_value(json_object_get(op, "calls"));
+            ck_assert(i == 2 ? calls == 1 : calls > 8);
+            ck_assert(json_is_null(json_object_get(op, "share_of_limit")));
+        }
+        ck_assert_msg(found, "no row %s", rows[i]);
+    }
+    double exposed = json_number_value(json_object_get(root, "exposed_communication_ms"));
+    ck_assert_double_eq_tol(exposed, sum, 1e-9 * sum);
+    ck_assert_double_gt(exposed, 0);
+    ck_assert(exposed < json_number_value(json_object_get(root, "step_ms")));
+    json_decref(root);
+    ck_assert(!io_exists(tiny_run_path("watched", "")));
+}
+END_TEST
+
 // --- Bad input -----------------------------------------------------------------------------------
 
 START_TEST(batches_that_do_not_divide_are_refused_by_all) {
@@ -711,6 +785,8 @@ TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_sam
                   TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
                   TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
                   TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
+                  TEST(any_failed_operation_of_a_save_fails_at_most_that_save),
+                  TEST(a_profile_shows_what_goes_between_ranks),
                   TEST(batches_that_do_not_divide_are_refused_by_all),
                   TEST(other_shards_on_one_rank_are_refused_by_all),
                   TEST(what_only_one_rank_finds_wrong_ends_all))

@@ -80,7 +80,7 @@ static void check_tiles(const TensorTable *table, int world, int64_t bucket_elem
 }
 
 START_TEST(parts_are_equal_and_tile_the_arena_for_any_number_of_ranks) {
-    const int64_t sizes[] = {1, 100000, 8 << 20, INT64_C(1) << 40};
+    const int64_t sizes[] = {1, 2000003, 8 << 20, INT64_C(1) << 40};
     for (int which = 0; which < 3; which++) {
         ModelConfig c = which == 2 ? untied() : half_billion(6 * which);
         for (int world = 1; world <= 64; world = world < 9 ? world + 1 : world * 3 - 1) {

@@ -183,6 +183,34 @@ START_TEST(ranks_update_and_save_what_one_optimizer_would) {
 }
 END_TEST
 
+// Rank 1 writes to a disk of its own.
+static Status save_apart(Communicator *c, void *context) {
+    const Case *what = context;
+    char own[sizeof directory + 8];
+    Rank r = {0};
+    TRY(open_rank(c, what, &r));
+    snprintf(own, sizeof own, "%s%s", directory, c->rank == 1 ? "-own" : "");
+    const CheckpointOptions options = {.directory = own,
+                                       .keep_last = 2,
+                                       .dtype = DTYPE_F32,
+                                       .rank = c->rank,
+                                       .world = c->world,
+                                       .tag = 7};
+    Status status = save_together(&r, &options);
+    close_rank(&r);
+    return status;
+}
+
+START_TEST(a_rank_that_writes_elsewhere_is_named) {
+    Case what = {DTYPE_F32, false, 2048};
+    snprintf(directory, sizeof directory, "%s/apart", test_directory());
+    ranks_start(3, &comm_options, save_apart, &what);
+    ranks_join(3);
+    for (int r = 0; r < 3; r++)
+        ranks_expect(r, STATUS_CANNOT_WRITE, "rank 1 has written it, but rank 0 does not see it");
+}
+END_TEST
+
 // --- Memory --------------------------------------------------------------------------------------
 
 START_TEST(plan_is_one_part_for_each_rank) {
@@ -255,4 +283,5 @@ START_TEST(pairs_are_added_as_a_tree) {
 END_TEST
 
 TEST_MAIN("sharded optimizer", TEST(ranks_update_and_save_what_one_optimizer_would),
-          TEST(plan_is_one_part_for_each_rank), TEST(pairs_are_added_as_a_tree))
+          TEST(a_rank_that_writes_elsewhere_is_named), TEST(plan_is_one_part_for_each_rank),
+          TEST(pairs_are_added_as_a_tree))

@@ -210,9 +210,25 @@ static Status publish(CheckpointWriter *writer) {
     return STATUS_OK;
 }
 
+// A rank that writes to a disk of its own says that all went well, too.
+static Status check_part_is_here(const CheckpointWriter *writer, const char *name, int rank,
+                                 const CheckpointPart *part) {
+    char temp[IO_PATH_MAX], path[IO_PATH_MAX];
+    uint64_t bytes;
+    TRY(temporary_path(writer, temp));
+    TRY(io_path(path, "%s/%s", temp, name));
+    if (io_exists(path)) TRY(io_file_size(path, &bytes));
+    if (io_exists(path) && bytes == part->bytes) return STATUS_OK;
+    FAIL(STATUS_CANNOT_WRITE,
+         "%s: rank %d has written it, but rank 0 does not see it; put run.directory on a file "
+         "system that all ranks share",
+         path, rank);
+}
+
 static Status add_part(CheckpointWriter *writer, int rank, const CheckpointPart *part) {
     char name[64];
     TRY(slices_file_name(rank, writer->options.world, name));
+    if (rank > 0) TRY(check_part_is_here(writer, name, rank, part));
     return manifest_add(&writer->manifest, name, part->bytes, part->hex);
 }
 

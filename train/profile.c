@@ -1,20 +1,9 @@
 // The recording Backend. Record i has the stamps 2i (before) and 2i + 1 (after); record 0 is the
 // whole recording.
-#include "train/profile.h"
+#include "train/profile_record.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-// Rows: two for each op, then the memory functions.
-enum {
-    ROW_ZERO = 2 * OP_KIND_COUNT,
-    ROW_COPY,
-    ROW_UPLOAD,
-    ROW_DOWNLOAD,
-    ROW_ADD,
-    ROW_CAST,
-    ROW_COUNT
-};
 
 enum { ROW_NAME_MAX = 48 };
 
@@ -47,8 +36,7 @@ static Status reserve(Profile *p, int64_t capacity) {
     return p->inner->ops->timestamp(p->inner, 2 * capacity - 1); // grows the backend's slots, too
 }
 
-// Opens the next record.
-static Status begin(Profile *p, int row) {
+Status profile_begin(Profile *p, int row) {
     p->inner->ops->range(p->inner, p->names[row]);
     if (!p->recording) return STATUS_OK;
     if (p->num_records == p->capacity) TRY(reserve(p, 2 * p->capacity));
@@ -56,8 +44,7 @@ static Status begin(Profile *p, int row) {
     return p->inner->ops->timestamp(p->inner, 2 * p->num_records);
 }
 
-// Closes it; `status` is how the call ended.
-static Status end(Profile *p, int row, Status status, OpWork work) {
+Status profile_end(Profile *p, int row, Status status, OpWork work) {
     p->inner->ops->range(p->inner, NULL);
     if (!p->recording || status != STATUS_OK) return status;
     p->rows[row].calls++;
@@ -117,9 +104,9 @@ double profile_total_ms(const Profile *p) {
     static Status name(Backend *backend, const Args *args) {                                       \
         Profile *p = profile_of(backend);                                                          \
         int row = 2 * (op) + (pass);                                                               \
-        TRY(begin(p, row));                                                                        \
+        TRY(profile_begin(p, row));                                                                \
         Status status = p->inner->ops->name(p->inner, args);                                       \
-        return end(p, row, status, op_work(p->inner, op, pass, args));                             \
+        return profile_end(p, row, status, op_work(p->inner, op, pass, args));                     \
     }
 #define PROFILED_PAIR(name, Args, op)                                                              \
     PROFILED(name##_forward, Args, op, PASS_FORWARD)                                               \
@@ -141,62 +128,62 @@ PROFILED(row_similarity, RowSimilarityArgs, OP_ROW_SIMILARITY, PASS_FORWARD)
 static Status norm2(Backend *backend, DType dtype, const void *grad, int64_t count, double *sums) {
     Profile *p = profile_of(backend);
     int row = 2 * OP_NORM2;
-    TRY(begin(p, row));
+    TRY(profile_begin(p, row));
     Status status = p->inner->ops->norm2(p->inner, dtype, grad, count, sums);
-    return end(p, row, status, op_work_norm2(dtype, count));
+    return profile_end(p, row, status, op_work_norm2(dtype, count));
 }
 
 // --- Memory --------------------------------------------------------------------------------------
 
 static Status upload(Backend *backend, void *device, const void *host, size_t bytes) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_UPLOAD));
+    TRY(profile_begin(p, ROW_UPLOAD));
     Status status = p->inner->ops->upload(p->inner, device, host, bytes);
-    return end(p, ROW_UPLOAD, status, (OpWork){0, (double)bytes});
+    return profile_end(p, ROW_UPLOAD, status, (OpWork){0, (double)bytes});
 }
 
 static Status download(Backend *backend, void *host, const void *device, size_t bytes) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_DOWNLOAD));
+    TRY(profile_begin(p, ROW_DOWNLOAD));
     Status status = p->inner->ops->download(p->inner, host, device, bytes);
-    return end(p, ROW_DOWNLOAD, status, (OpWork){0, (double)bytes});
+    return profile_end(p, ROW_DOWNLOAD, status, (OpWork){0, (double)bytes});
 }
 
 static Status copy(Backend *backend, void *to, const void *from, size_t bytes) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_COPY));
+    TRY(profile_begin(p, ROW_COPY));
     Status status = p->inner->ops->copy(p->inner, to, from, bytes);
-    return end(p, ROW_COPY, status, (OpWork){0, 2 * (double)bytes});
+    return profile_end(p, ROW_COPY, status, (OpWork){0, 2 * (double)bytes});
 }
 
 static Status zero(Backend *backend, void *device, size_t bytes) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_ZERO));
+    TRY(profile_begin(p, ROW_ZERO));
     Status status = p->inner->ops->zero(p->inner, device, bytes);
-    return end(p, ROW_ZERO, status, (OpWork){0, (double)bytes});
+    return profile_end(p, ROW_ZERO, status, (OpWork){0, (double)bytes});
 }
 
 static Status add(Backend *backend, void *a, const void *b, int64_t count) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_ADD));
+    TRY(profile_begin(p, ROW_ADD));
     Status status = p->inner->ops->add(p->inner, a, b, count);
-    return end(p, ROW_ADD, status, op_work_add(p->inner->compute_dtype, count));
+    return profile_end(p, ROW_ADD, status, op_work_add(p->inner->compute_dtype, count));
 }
 
 static Status accumulate(Backend *backend, float *sum, DType dtype, const void *values,
                          int64_t count) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_ADD));
+    TRY(profile_begin(p, ROW_ADD));
     Status status = p->inner->ops->accumulate(p->inner, sum, dtype, values, count);
-    return end(p, ROW_ADD, status, op_work_add(DTYPE_F32, count));
+    return profile_end(p, ROW_ADD, status, op_work_add(DTYPE_F32, count));
 }
 
 static Status cast(Backend *backend, DType to, void *out, DType from, const void *in,
                    int64_t count) {
     Profile *p = profile_of(backend);
-    TRY(begin(p, ROW_CAST));
+    TRY(profile_begin(p, ROW_CAST));
     Status status = p->inner->ops->cast(p->inner, to, out, from, in, count);
-    return end(p, ROW_CAST, status, op_work_cast(to, from, count));
+    return profile_end(p, ROW_CAST, status, op_work_cast(to, from, count));
 }
 
 // --- What takes no time on the stream ------------------------------------------------------------
@@ -308,7 +295,9 @@ static const BackendOps profile_ops = {
 // --- Creation ------------------------------------------------------------------------------------
 
 static void name_rows(Profile *p) {
-    static const char *const memory_names[] = {"zero", "copy", "upload", "download", "add", "cast"};
+    static const char *const memory_names[] = {
+        "zero", "copy",           "upload",     "download",   "add",
+        "cast", "reduce_scatter", "all_gather", "all_reduce", "wait for ranks"};
     for (int i = 0; i < ROW_COUNT; i++) {
         OpKind op = (OpKind)(i / 2);
         bool memory_row = i >= ROW_ZERO;
@@ -319,7 +308,8 @@ static void name_rows(Profile *p) {
         snprintf(p->names[i], ROW_NAME_MAX, "%s%s", name, pass);
         p->rows[i] = (ProfileRow){.name = p->names[i],
                                   .product = !memory_row && op_is_product(op),
-                                  .host = i == ROW_UPLOAD || i == ROW_DOWNLOAD};
+                                  .host = i == ROW_UPLOAD || i == ROW_DOWNLOAD,
+                                  .ranks = i >= ROW_REDUCE_SCATTER};
     }
 }
 

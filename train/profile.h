@@ -13,6 +13,7 @@
 #include "base/json.h"
 #include "base/status.h"
 #include "model/backend.h"
+#include "model/communicator.h"
 #include "model/op_work.h"
 
 typedef struct Profile Profile;
@@ -22,6 +23,7 @@ typedef struct ProfileRow {
     const char *name; // "ffn backward"
     bool product;     // bound by FLOPs where the device's rates are not known
     bool host;        // crosses to the host: the device's rates say nothing about it
+    bool ranks;       // waits for, or moves data to, other ranks: nor here
     int64_t calls;
     OpWork work; // of all calls
     double ms;   // of all calls
@@ -31,6 +33,9 @@ typedef struct ProfileRow {
 Status profile_create(Backend *inner, Profile **out) NODISCARD;
 void profile_destroy(Profile *profile); // accepts NULL
 Backend *profile_backend(Profile *profile);
+
+// Stands before `inner` in the same way; belongs to the caller, who destroys it before the profile.
+Status profile_communicator(Profile *profile, Communicator *inner, Communicator **out) NODISCARD;
 
 // Forgets what was recorded and records from here on. Makes room for `times` as many calls as the
 // recording before had, so that none grows in the middle of a measurement.

@@ -43,12 +43,13 @@ ProfileRate profile_rate(const ProfileRow *row, const DevicePeak *peak) {
     ProfileRate rate = {.flops = flops, .share = NAN};
     rate.value = (flops ? row->work.flops : row->work.bytes) / seconds;
     double limit = flops ? peak->flops : peak->bytes_per_second;
-    if (limit > 0 && !row->host) rate.share = rate.value / limit;
+    if (limit > 0 && !row->host && !row->ranks) rate.share = rate.value / limit;
     return rate;
 }
 
 typedef struct Totals {
     double step_ms, outside_ms; // per step
+    double ranks_ms;            // of a step: communication that no computation hides
     double tokens_per_second;
     double flops; // a second, of the model
     double mfu;   // NaN = not known
@@ -58,8 +59,11 @@ static Totals totals_of(const Profile *profile, const ProfileRun *run) {
     const ProfileRow *const *rows;
     int count = profile_rows(profile, &rows);
     double inside = 0, steps = (double)run->steps;
-    for (int i = 0; i < count; i++) inside += rows[i]->ms;
     Totals t = {.step_ms = profile_total_ms(profile) / steps, .mfu = NAN};
+    for (int i = 0; i < count; i++) {
+        inside += rows[i]->ms;
+        if (rows[i]->ranks) t.ranks_ms += rows[i]->ms / steps;
+    }
     t.outside_ms = t.step_ms - inside / steps;
     t.tokens_per_second = run->tokens_per_step / (t.step_ms * 1e-3);
     t.flops = t.tokens_per_second * run->flops_per_token;
@@ -145,11 +149,12 @@ json_t *profile_to_json(const Profile *profile, const ProfileRun *run) {
         return NULL;
     }
     // The o format takes the reference, and fails as a whole when one of them is NULL.
-    return json_pack("{s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "steps",
+    return json_pack("{s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "steps",
                      (json_int_t)run->steps, "warmup_steps", (json_int_t)run->warmup_steps,
                      "tokens_per_step", run->tokens_per_step, "flops_per_token",
                      run->flops_per_token, "step_ms", number(t.step_ms), "outside_ops_ms",
-                     number(t.outside_ms), "tokens_per_second", number(t.tokens_per_second), "mfu",
-                     number(t.mfu), "peak_flops", known(run->peak.flops), "peak_bytes_per_second",
+                     number(t.outside_ms), "exposed_communication_ms", number(t.ranks_ms),
+                     "tokens_per_second", number(t.tokens_per_second), "mfu", number(t.mfu),
+                     "peak_flops", known(run->peak.flops), "peak_bytes_per_second",
                      known(run->peak.bytes_per_second), "ops", ops);
 }

@@ -71,7 +71,7 @@ static Status train_to_the_end(Trainer *t) {
 // Before the first step one rank may have an hour's work that the others wait for; a rank that dies
 // is noticed at once all the same.
 static void wait_longer(Trainer *t) {
-    Communicator *c = t->options->communicator;
+    Communicator *c = t->communicator;
     double setup = (double)t->recipe->parallel_setup_seconds;
     if (!c) return;
     t->wait_seconds = c->timeout_seconds;
@@ -151,12 +151,24 @@ static Status open_directory(Trainer *t) {
 }
 
 static Status open_team(Trainer *t) {
-    Communicator *communicator = t->options->communicator;
+    Communicator *communicator = t->communicator;
     TRY(team_open(t->backend, communicator, &t->team));
     if (communicator) communicator->tree = t->recipe->parallel_pairwise;
     wait_longer(t);
     if (t->team.rank > 0) log_lower();
     return team_agree(&t->team, prepare_check_world(t->recipe, t->backend, t->team.world));
+}
+
+static Status open_profile(Trainer *t) {
+    TRY(profile_create(t->backend, &t->profile));
+    t->backend = profile_backend(t->profile);
+    if (!t->options->communicator) return STATUS_OK;
+    return profile_communicator(t->profile, t->options->communicator, &t->communicator);
+}
+
+static void close_profile(Trainer *t) {
+    if (t->communicator != t->options->communicator) communicator_destroy(t->communicator);
+    profile_destroy(t->profile);
 }
 
 Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
@@ -166,14 +178,12 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     t->recipe = recipe;
     t->options = options;
     t->backend = backend;
+    t->communicator = options->communicator;
     t->saved_step = t->saving_step = -1;
     t->dir.lock_fd = -1;
     t->total_steps = recipe_steps(recipe);
     TRY_GOTO(recipe_print(recipe, &t->recipe_text), done);
-    if (options->profile_steps > 0) {
-        TRY_GOTO(profile_create(backend, &t->profile), done);
-        t->backend = profile_backend(t->profile);
-    }
+    if (options->profile_steps > 0) TRY_GOTO(open_profile(t), done);
     TRY_GOTO(open_team(t), done);
     TRY_GOTO(open_directory(t), done);
     stop_signal_install();
@@ -186,13 +196,13 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     stop_signal_restore();
     rundir_close(&t->dir);
     team_close(&t->team);
-    profile_destroy(t->profile);
+    close_profile(t);
     free(t);
     return status;
 done:
     rundir_close(&t->dir);
     team_close(&t->team);
-    profile_destroy(t->profile);
+    close_profile(t);
     free(t->recipe_text);
     free(t);
     return status;

@@ -37,8 +37,9 @@
 typedef struct Trainer {
     const Recipe *recipe;
     const RunOptions *options;
-    Backend *backend;      // not owned; with --profile the profile's
-    Profile *profile;      // NULL without --profile
+    Backend *backend;           // not owned; with --profile the profile's
+    Profile *profile;           // NULL without --profile
+    Communicator *communicator; // of the options; with --profile the profile's
     Team team;             // the ranks that train together; rank 0 alone writes what is not a slice
     double wait_seconds;   // for another rank in a collective, once steps are made
     RunDir dir;            // locked by rank 0
