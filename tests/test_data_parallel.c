@@ -640,6 +640,33 @@ START_TEST(a_failed_write_on_one_rank_fails_that_save_on_all) {
 }
 END_TEST
 
+// The disk of one rank fails in the middle of the run.
+static int broken_disk(void *context, IoOp op, const char *path, size_t *bytes) {
+    int *reads = context;
+    (void)bytes;
+    if (op != IO_READ || !path || !strstr(path, ".h5")) return 0;
+    return ++*reads > 60 ? EIO : 0;
+}
+
+START_TEST(a_rank_that_fails_by_itself_is_not_waited_for) {
+    tiny_prepare();
+    for (int victim = 0; victim < 2; victim++) {
+        int reads = 0;
+        Job job = job_of(tiny_dense_recipe(victim ? "disk1" : "disk0"));
+        job.victim = victim;
+        job.hook = broken_disk;
+        job.context = &reads;
+        ranks_start(2, &comm_options, run_rank, &job);
+        ranks_join(2);
+        ranks_expect(victim, STATUS_IO, ".h5");
+        char text[32];
+        snprintf(text, sizeof text, "rank %d", victim);
+        ranks_expect(1 - victim, STATUS_COMMUNICATION, text);
+        ck_assert_double_lt(rank_results_[1 - victim].seconds, 15); // of 30 that it would wait
+    }
+}
+END_TEST
+
 // Fails one operation on the files of one save; other saves are left alone.
 typedef struct OneFailure {
     int number, seen; // from 1
@@ -785,6 +812,7 @@ TEST_MAIN_TIMEOUT("data parallel", 300, TEST(one_two_and_four_ranks_give_the_sam
                   TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
                   TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
                   TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
+                  TEST(a_rank_that_fails_by_itself_is_not_waited_for),
                   TEST(any_failed_operation_of_a_save_fails_at_most_that_save),
                   TEST(a_profile_shows_what_goes_between_ranks),
                   TEST(batches_that_do_not_divide_are_refused_by_all),
