@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh --dev
 
 mapfile -t c_files < <(git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
-mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
+mapfile -t shell_files < <(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 if [ "${1:-}" = "--fix" ]; then
     .venv/bin/clang-format -i "${c_files[@]}"

@@ -58,6 +58,15 @@ fi
 expect 2 "run.device = 'tpu'" "$train" --recipe quickstart_dense --device tpu
 expect 2 "--plan-only needs a recipe with lfuc.enabled" \
     "$train" --recipe quickstart_dense --plan-only
+expect 2 "--processes 0: expected a number of ranks" "$train" --recipe quickstart_dense \
+    --processes 0
+expect 2 "are one choice" "$train" --recipe quickstart_dense --processes 2 --gpus 2
+expect 2 "--max-restarts x: expected a number" "$train" --recipe quickstart_dense --max-restarts x
+if ! "$train" --version | grep -q cuda; then
+    expect 2 "no CUDA backend" "$train" --recipe quickstart_dense --gpus 2
+fi
+RANK=1 expect 2 "but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR" "$train" --recipe quickstart_dense
+says "/quickstart_dense" "$train" --recipe quickstart_dense --print-directory
 says "usage: train" "$train" --help
 says "prune_layers = 5" "$train" --help
 says "--profile N" "$train" --help

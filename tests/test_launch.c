@@ -206,9 +206,11 @@ static int act_as_rank(int argc, char **argv) {
     if (strcmp(what, "lives") == 0 && rank_number() == 1)
         return count_life(argument) < 3 ? STATUS_COMMUNICATION : STATUS_OK;
     if (strcmp(what, "lives") == 0) return STATUS_OK;
-    if (strcmp(what, "ready") == 0) count_life(argument);
+    bool slow = strcmp(what, "slow") == 0;
+    if (slow || strcmp(what, "ready") == 0) count_life(argument);
     wait_for_request(30);
     if (!stop_requested()) return 98;
+    if (slow) usleep(30000000); // a signal ends the process, not the sleep
     if (strcmp(what, "ready") == 0) {
         usleep(300000); // a second signal would end it here
         count_life(argument);
@@ -345,21 +347,37 @@ static void signal_children_of(pid_t parent, int number) {
 }
 
 // A signal to all processes at once, as schedulers send it, is one request, not two.
-START_TEST(ranks_obey_their_parent_alone) {
+START_TEST(a_signal_to_all_processes_is_one_request) {
     char path[128];
-    snprintf(path, sizeof path, "%s/ready", test_directory());
-    set_scene(2, "ready", path);
+    for (int i = 0; i < 10; i++) {
+        snprintf(path, sizeof path, "%s/ready%d", test_directory(), i);
+        set_scene(2, "ready", path);
+        processes_start(1, parent_body, NULL);
+        wait_for_bytes(path, 2);
+        usleep(50000);
+        if (i % 2) kill(rank_pids_[0], SIGTERM);
+        signal_children_of(rank_pids_[0], SIGTERM);
+        if (i % 2 == 0) kill(rank_pids_[0], SIGTERM);
+        ranks_join(1);
+        ck_assert_int_eq(rank_results_[0].status, STATUS_PREEMPTED);
+        ck_assert_int_eq(file_bytes(path), 4);
+    }
+}
+END_TEST
+
+START_TEST(a_second_request_ends_them_at_once) {
+    char path[128];
+    snprintf(path, sizeof path, "%s/slow", test_directory());
+    set_scene(2, "slow", path);
     processes_start(1, parent_body, NULL);
     wait_for_bytes(path, 2);
     usleep(100000);
-    signal_children_of(rank_pids_[0], SIGTERM);
-    usleep(200000);
-    ck_assert_int_eq(file_bytes(path), 2);
     kill(rank_pids_[0], SIGTERM);
-    signal_children_of(rank_pids_[0], SIGTERM);
+    usleep(2300000);
+    kill(rank_pids_[0], SIGTERM);
     ranks_join(1);
-    ck_assert_int_eq(rank_results_[0].status, STATUS_PREEMPTED);
-    ck_assert_int_eq(file_bytes(path), 4);
+    ck_assert_int_eq(rank_results_[0].status, 128 + SIGTERM);
+    ck_assert_double_lt(rank_results_[0].seconds, 10);
 }
 END_TEST
 
@@ -421,7 +439,8 @@ int main(int argc, char **argv) {
                                  TEST(the_worst_code_is_the_exit_code),
                                  TEST(a_failing_rank_ends_the_others),
                                  TEST(signals_reach_all_ranks_once),
-                                 TEST(ranks_obey_their_parent_alone),
+                                 TEST(a_signal_to_all_processes_is_one_request),
+                                 TEST(a_second_request_ends_them_at_once),
                                  TEST(ranks_save_when_their_parent_dies),
                                  TEST(a_lost_rank_is_started_again),
                                  TEST(a_program_that_cannot_start_is_said)};

@@ -14,7 +14,7 @@
 // Variables that the parent sets for the ranks it starts.
 #define LAUNCH_JOB      "DENSE2MOE_JOB"          // what the ranks of one start have in common
 #define LAUNCH_LISTENER "DENSE2MOE_LISTENER_FD"  // rank 0: an inherited socket at MASTER_PORT
-#define LAUNCH_PARENT   "DENSE2MOE_LAUNCHER_PID" // whose signals count
+#define LAUNCH_PARENT   "DENSE2MOE_LAUNCHER_PID" // there is one, and who
 
 typedef enum LaunchKind {
     LAUNCH_NONE,  // started alone: no variable says otherwise

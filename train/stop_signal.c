@@ -2,34 +2,39 @@
 // needs happens there. The second signal cannot wait for that: somebody wants the process gone.
 //
 // A scheduler may signal all processes of a job, and a rank's parent passes on what it gets: such a
-// rank would see two requests where there is one. So it obeys its parent alone, while it has one.
+// rank sees two signals where there is one request. So under a parent, signals that come within
+// ECHO_NS of the first are taken for its echo. (Who sent a signal does not help: of two that are
+// pending the kernel keeps one.)
 #include "train/stop_signal.h"
 
 #include <signal.h>
 #include <stdlib.h>
 #include <unistd.h>
+#include "base/clock.h"
 #include "train/launch.h"
 
 static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
 enum { NUM_SIGNALS = sizeof signals / sizeof signals[0], SHELL_SIGNAL_BASE = 128 };
+static const int64_t ECHO_NS = 2000000000;
 
 static volatile sig_atomic_t received; // the first signal; 0 = none
 static struct sigaction before[NUM_SIGNALS];
-static pid_t parent; // whose signals count; 0 = everybody's
+static bool has_parent;     // of train/supervisor.h
+static int64_t received_ns; // when
 
-static void on_signal(int number, siginfo_t *info, void *context) {
-    (void)context;
-    if (parent && info->si_pid != parent && getppid() == parent) return;
+static void on_signal(int number) {
+    int64_t now = clock_monotonic_ns(); // clock_gettime may be called here
+    if (received && has_parent && now - received_ns < ECHO_NS) return;
     if (received) _exit(SHELL_SIGNAL_BASE + number); // what a shell reports for a killed process
+    received_ns = now;
     received = number;
 }
 
 void stop_signal_install(void) {
-    const char *launcher = getenv(LAUNCH_PARENT);
-    parent = launcher ? (pid_t)atol(launcher) : 0;
+    has_parent = getenv(LAUNCH_PARENT) != NULL;
     received = 0;
-    struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_RESTART | SA_SIGINFO};
-    sigemptyset(&action.sa_mask);
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigfillset(&action.sa_mask); // one at a time
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &action, &before[i]);
 }
 

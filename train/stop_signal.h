@@ -1,6 +1,6 @@
 // Requests to stop: SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask the run to finish its step,
-// save and exit with STATUS_PREEMPTED. A second one ends the process at once. A rank that
-// train/supervisor.h has started obeys only those of its parent.
+// save and exit with STATUS_PREEMPTED. A second one ends the process at once; in a rank
+// that train/supervisor.h has started, one that comes some seconds later.
 #ifndef TRAIN_STOP_SIGNAL_H
 #define TRAIN_STOP_SIGNAL_H
 

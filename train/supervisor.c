@@ -3,8 +3,8 @@
 // Ranks are started by exec, not fork alone: they begin with nothing that the parent has, neither
 // threads nor a CUDA context. Each is in a process group of its own, so that a Ctrl-C on the
 // terminal reaches the parent alone and every rank gets each signal once; a second one would mean
-// "leave at once". For signals that a scheduler sends to all processes of a job, ranks only obey
-// those of their parent (train/stop_signal.h).
+// "leave at once". Where a scheduler signals all processes of a job, ranks know what is an echo
+// (train/stop_signal.h).
 //
 // The loop sleeps in poll(2) on the ranks' output and on a signalfd, so that nothing is handled
 // where a signal may interrupt it.

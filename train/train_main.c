@@ -41,7 +41,7 @@ static const char usage_text[] =
     "  --processes N            start N ranks on this machine, which train together; the same as\n"
     "                           --set parallel.processes=N. Ranks that srun or torchrun's\n"
     "                           variables start: docs/cluster.md\n"
-    "  --gpus N                 the same, each on a GPU of its own\n"
+    "  --gpus N                 the same on GPUs; in this version one GPU trains alone\n"
     "  --max-restarts N         start the ranks again when one was lost, at most N times\n"
     "  --resume auto            continue from the newest checkpoint, if there is one (default)\n"
     "  --resume never           start from the beginning; older checkpoints are set aside\n"
@@ -211,6 +211,7 @@ static Status load(Arguments *arguments, Recipe *recipe) {
 static Status start_ranks(const Arguments *arguments, int ranks, int argc, char **argv,
                           int *exit_code) {
     static char resume[] = "--resume", automatic[] = "auto";
+    if (arguments->on_gpus) TRY(device_check(&(DeviceOptions){.choice = DEVICE_CUDA}));
     char **again = calloc((size_t)argc + 3, sizeof *again);
     if (!again) FAIL(STATUS_INTERNAL, "out of memory for the arguments");
     memcpy(again, argv, (size_t)argc * sizeof *again);
