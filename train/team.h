@@ -34,9 +34,9 @@ Status team_broadcast(const Team *team, void *data, size_t bytes) NODISCARD;
 Status team_gather(const Team *team, void *all, size_t bytes) NODISCARD;
 
 // How `status`, which each rank brings with its own error record, went for all: STATUS_OK where all
-// succeeded; else every rank fails with the code of the first rank that did, and a message that
-// names the ranks and why. `what` is in front of it where not all ranks failed the same way. A
-// failure of the communicator itself is returned as it is, at once.
+// succeeded; else every rank fails with the code of the first rank that did, and its message, with
+// the ranks that failed in front unless all failed alike. A failure of the communicator itself is
+// returned as it is, at once.
 Status team_agree(const Team *team, Status status) NODISCARD;
 
 #endif
