@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 packages=(gcc g++ libc6-dev cmake ninja-build pkg-config libhdf5-dev libopenblas-openmp-dev
           libjansson-dev libxxhash-dev python3 python3-venv xz-utils)
 if [ "${1:-}" = "--dev" ]; then
-    packages+=(git check clang libclang-rt-dev cppcheck shellcheck util-linux)
+    packages+=(git check clang libclang-rt-dev cppcheck shellcheck util-linux iproute2)
 fi
 
 as_root=()

@@ -21,6 +21,7 @@ clean_up() {
     [ "${#daemons[@]}" -eq 0 ] || kill "${daemons[@]}" 2>/dev/null || true
     sleep 1
     [ "${#daemons[@]}" -eq 0 ] || kill -9 "${daemons[@]}" 2>/dev/null || true
+    wait 2>/dev/null || true
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -123,18 +124,18 @@ start_seconds = 30
 [export]
 hf = false
 END
-export TRAIN=$bin/train MASTER_ADDR=127.0.0.1
+export TRAIN=$bin/train MASTER_ADDR=127.0.0.1 SBATCH_TIMELIMIT=10
 submit() { # name [options of train]
     local name=$1
     shift
-    sbatch --parsable --nodes 2 --time 10 --output "$name.log" \
+    sbatch --parsable --nodes 2 --output "$name.log" \
         "$tree/scripts/slurm/train.sbatch" run.ini --set "run.name=$name" "$@"
 }
 state() { scontrol --oneliner show job "$1" | sed 's/.* JobState=\([A-Z]*\).*/\1/'; }
 restarts() { scontrol --oneliner show job "$1" | sed 's/.* Restarts=\([0-9]*\).*/\1/'; }
 has_ended() { [[ $(state "$1") =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
 finish() { # job, expected state and exit code
-    until_true 90 has_ended "$1" || fail "job $1 has not ended: $(scontrol show job "$1")"
+    until_true 150 has_ended "$1" || fail "job $1 has not ended: $(scontrol show job "$1")"
     local got
     got="$(state "$1") $(scontrol --oneliner show job "$1" | sed 's/.* ExitCode=\([0-9:]*\).*/\1/')"
     [ "$got" = "$2 $3" ] || fail "job $1 ended with $got, expected $2 $3"
@@ -173,6 +174,16 @@ done
 finish "$job" COMPLETED 0:0
 [ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
 [ "$(weights killed)" = "$(weights whole)" ] || fail "weights differ after a lost task"
+
+# The controller looks at time limits every 30 s, so this one takes a while.
+echo "[$SECONDS s] the time is nearly up: Slurm's own --signal"
+job=$(SBATCH_SIGNAL=USR1@50 SBATCH_TIMELIMIT=1 submit limited --set train.steps=12000)
+until_true 60 works limited || fail "no step of job $job"
+finish "$job" COMPLETED 0:0
+[ "$(restarts "$job")" -ge 1 ] || fail "job $job had no restart"
+grep -q "stopped by SIGUSR1" limited.log || fail "--signal did not arrive"
+grep -q "continuing .* at step" limited.log || fail "the second start did not continue"
+grep -q "done: 12000 steps" limited.log || fail "the run is not done"
 
 echo "[$SECONDS s] what no repetition mends is not requeued"
 job=$(submit wrong --set optim.schedule=wsd)

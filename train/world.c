@@ -78,7 +78,9 @@ static Status fail_for_all(const World *world, const Outcome *outcomes) {
         first = r;
         failed++;
     }
-    if (first == world->launch->rank) return (Status)outcomes[first].code; // has its own record
+    const Outcome *own = &outcomes[world->launch->rank];
+    if (own->code == outcomes[first].code && strcmp(own->why, outcomes[first].why) == 0)
+        return (Status)own->code; // has its own record
     status_clear();
     FAIL((Status)outcomes[first].code, "%srank %d (%s): %s", failed > 1 ? "several ranks; " : "",
          first, rendezvous_name(world->rendezvous, first), outcomes[first].why);
