@@ -175,9 +175,9 @@ finish "$job" COMPLETED 0:0
 [ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
 [ "$(weights killed)" = "$(weights whole)" ] || fail "weights differ after a lost task"
 
-# The controller looks at time limits every 30 s and signals at the last look before the time asked
-# for: with 20 s before a minute is up, 10 to 40 s after the start, when the tasks are there. The run
-# is longer than any machine's minute; once it has continued, somebody wants it to stop.
+# The controller looks at time limits every 30 s and signals at the last look before the time that
+# was asked for: with 20 s before a minute is up, 10 to 40 s after the start, when there are tasks.
+# The run is longer than any machine's minute; once it has continued, somebody wants it to stop.
 echo "[$SECONDS s] the time is nearly up: Slurm's own --signal"
 job=$(SBATCH_SIGNAL=USR1@20 SBATCH_TIMELIMIT=1 submit limited --set train.steps=100000000 \
     --set checkpoint.every=1000)

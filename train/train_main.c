@@ -41,7 +41,7 @@ static const char usage_text[] =
     "  --processes N            start N ranks on this machine, which train together; the same as\n"
     "                           --set parallel.processes=N. Ranks that srun or torchrun's\n"
     "                           variables start: docs/cluster.md\n"
-    "  --gpus N                 the same on GPUs; in this version one GPU trains alone\n"
+    "  --gpus N                 the same, each rank on a GPU of its own\n"
     "  --max-restarts N         start the ranks again when one was lost, at most N times\n"
     "  --resume auto            continue from the newest checkpoint, if there is one (default)\n"
     "  --resume never           start from the beginning; older checkpoints are set aside\n"
