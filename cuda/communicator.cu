@@ -10,6 +10,8 @@
 // the same in every run with the same ranks on the same machines, and rounds bf16 at each addition.
 // A kernel that waits for a peer that died is ended by abort(), which the watchdog calls; the host,
 // which waits for the stream, then goes on and learns of it from check() or the next collective.
+// Aborting frees NCCL's communicator, so a mutex is held around each of NCCL's calls, all short.
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -30,12 +32,13 @@ static const double POLL_SECONDS = 20e-6;
 typedef struct NcclCommunicator {
     Communicator base;
     CudaBackend *backend;
+    pthread_mutex_t mutex; // of comm
     ncclComm_t comm;
     cudaStream_t stream;
     cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
     CommTicket ticket;                // of the last collective; also read by the watchdog's thread
     const char *name;                 // likewise
-    int aborted;                      // likewise
+    bool aborted;                     // under the mutex
     bool failed;
 } NcclCommunicator;
 
@@ -49,10 +52,6 @@ static double now_seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static bool is_aborted(const NcclCommunicator *c) {
-    return __atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) != 0;
-}
-
 // --- Errors --------------------------------------------------------------------------------------
 
 // STATUS_COMMUNICATION naming rank, collective and what NCCL says.
@@ -60,19 +59,30 @@ static Status fail(NcclCommunicator *c, ncclResult_t error) {
     c->failed = true;
     FAIL(STATUS_COMMUNICATION, "rank %d of %d, collective %lld (%s): NCCL: %s; %s", c->base.rank,
          c->base.world, (long long)c->ticket, c->name, ncclGetErrorString(error),
-         c->comm ? ncclGetLastError(c->comm) : "NCCL_DEBUG=INFO says more");
+         ncclGetLastError(NULL));
 }
 
-static Status fail_usable(NcclCommunicator *c) {
-    if (is_aborted(c)) {
-        c->failed = true;
-        FAIL(STATUS_COMMUNICATION,
-             "rank %d of %d: communication was aborted in collective %lld (%s)", c->base.rank,
-             c->base.world, (long long)c->ticket, c->name);
-    }
-    if (c->failed)
-        FAIL(STATUS_COMMUNICATION, "rank %d of %d: communication has failed before", c->base.rank,
-             c->base.world);
+// Takes the mutex; gives it back where it fails, since nothing can be asked of NCCL any more.
+static Status lock(NcclCommunicator *c) {
+    pthread_mutex_lock(&c->mutex);
+    if (!c->aborted && !c->failed) return STATUS_OK;
+    const bool aborted = c->aborted;
+    pthread_mutex_unlock(&c->mutex);
+    c->failed = true;
+    FAIL(STATUS_COMMUNICATION, "rank %d of %d: communication %s in or before collective %lld (%s)",
+         c->base.rank, c->base.world, aborted ? "was aborted" : "has failed", (long long)c->ticket,
+         c->name);
+}
+static void unlock(NcclCommunicator *c) {
+    pthread_mutex_unlock(&c->mutex);
+}
+
+// What NCCL is at: ncclSuccess, ncclInProgress or what went wrong.
+static Status ask_state(NcclCommunicator *c, ncclResult_t *state) {
+    TRY(lock(c));
+    const ncclResult_t asked = ncclCommGetAsyncError(c->comm, state);
+    unlock(c);
+    if (asked != ncclSuccess) *state = asked;
     return STATUS_OK;
 }
 
@@ -81,10 +91,7 @@ static Status finish(NcclCommunicator *c, ncclResult_t result) {
     const double deadline = now_seconds() + c->base.timeout_seconds;
     const struct timespec pause = {0, (long)(POLL_SECONDS * 1e9)};
     while (result == ncclInProgress || result == ncclSuccess) {
-        if (is_aborted(c)) return fail_usable(c);
-        ncclResult_t state = ncclSuccess;
-        const ncclResult_t asked = ncclCommGetAsyncError(c->comm, &state);
-        result = asked == ncclSuccess ? state : asked;
+        TRY(ask_state(c, &result));
         if (result == ncclSuccess) return STATUS_OK;
         if (result == ncclInProgress && now_seconds() > deadline) {
             c->failed = true;
@@ -101,17 +108,18 @@ static Status finish(NcclCommunicator *c, ncclResult_t result) {
 
 // --- One collective ------------------------------------------------------------------------------
 
+// Between begin and end is one call of NCCL, under the mutex.
 static Status begin(NcclCommunicator *c, const char *name) {
-    TRY(fail_usable(c));
     __atomic_store_n(&c->name, name, __ATOMIC_RELAXED);
     __atomic_store_n(&c->ticket, c->ticket + 1, __ATOMIC_RELEASE);
     c->backend->current_op = name;
     CUDA_TRY(c->backend, cudaEventRecord(c->before, c->backend->stream));
     CUDA_TRY(c->backend, cudaStreamWaitEvent(c->stream, c->before, 0));
-    return STATUS_OK;
+    return lock(c);
 }
 
 static Status end(NcclCommunicator *c, ncclResult_t result, CommTicket *ticket) {
+    unlock(c);
     TRY(finish(c, result));
     CUDA_TRY(c->backend, cudaEventRecord(c->done[c->ticket % EVENTS], c->stream));
     *ticket = c->ticket;
@@ -208,11 +216,8 @@ static Status all_to_all(Communicator *base, const void *send, const int64_t *se
 static Status check(Communicator *base) {
     NcclCommunicator *c = nccl_of(base);
     ncclResult_t state = ncclSuccess;
-    TRY(fail_usable(c));
-    const ncclResult_t asked = ncclCommGetAsyncError(c->comm, &state);
-    if (asked != ncclSuccess) return fail(c, asked);
-    if (state != ncclSuccess && state != ncclInProgress) return fail(c, state);
-    return STATUS_OK;
+    TRY(ask_state(c, &state));
+    return state == ncclSuccess || state == ncclInProgress ? STATUS_OK : fail(c, state);
 }
 
 static Status wait(Communicator *base, CommTicket ticket) {
@@ -227,8 +232,10 @@ static Status wait(Communicator *base, CommTicket ticket) {
 
 static void abort_all(Communicator *base) {
     NcclCommunicator *c = nccl_of(base);
-    if (__atomic_exchange_n(&c->aborted, 1, __ATOMIC_ACQ_REL)) return;
-    ncclCommAbort(c->comm);
+    pthread_mutex_lock(&c->mutex);
+    if (!c->aborted && c->comm) ncclCommAbort(c->comm);
+    c->aborted = true;
+    pthread_mutex_unlock(&c->mutex);
 }
 
 static const char *last(Communicator *base, CommTicket *ticket) {
@@ -237,20 +244,23 @@ static const char *last(Communicator *base, CommTicket *ticket) {
     return __atomic_load_n(&c->name, __ATOMIC_RELAXED);
 }
 
+// In good order only where nothing has failed: peers may be gone.
+static void disconnect(NcclCommunicator *c) {
+    if (!c->comm || c->aborted) return;
+    if (!c->failed && finish(c, ncclCommFinalize(c->comm)) == STATUS_OK)
+        ncclCommDestroy(c->comm);
+    else
+        ncclCommAbort(c->comm);
+}
+
 static void destroy(Communicator *base) {
     NcclCommunicator *c = nccl_of(base);
-    if (c->comm && !is_aborted(c)) {
-        // In good order only where nothing has failed: peers may be gone.
-        const bool orderly = !c->failed && finish(c, ncclCommFinalize(c->comm)) == STATUS_OK;
-        if (orderly)
-            ncclCommDestroy(c->comm);
-        else
-            ncclCommAbort(c->comm);
-    }
+    disconnect(c);
     for (cudaEvent_t event : c->done)
         if (event) cudaEventDestroy(event);
     if (c->before) cudaEventDestroy(c->before);
     if (c->stream) cudaStreamDestroy(c->stream);
+    pthread_mutex_destroy(&c->mutex);
     free(c);
 }
 
@@ -313,6 +323,7 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
     c->base.timeout_seconds = options->timeout_seconds;
     c->backend = cuda_of(backend);
     c->name = "none";
+    pthread_mutex_init(&c->mutex, NULL);
     const Status status = connect(c, id);
     if (status != STATUS_OK) {
         c->failed = true;
