@@ -249,9 +249,11 @@ def row(name, case, ours, peer, device):
     return cells
 
 
-def print_table(rows):
-    head = ["case", "ours tok/s", "MFU", "GB", "peer tok/s", "MFU", "GB", "ratio", "at least",
-            "met", "memory"]
+HEAD = ["case", "ours tok/s", "MFU", "GB", "peer tok/s", "MFU", "GB", "ratio", "at least", "met",
+        "memory"]
+
+
+def print_table(head, rows):
     widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
     for line in [head, ["-" * width for width in widths], *rows]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
@@ -302,7 +304,7 @@ def main():
         if not arguments.work:
             shutil.rmtree(work, ignore_errors=True)
     print()
-    print_table(rows)
+    print_table(HEAD, rows)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,27 @@ def row(model, gpus, ours, single, peer):
     return cells
 
 
-def print_table(rows):
-    head = ["model", "GPUs", "GB a GPU", "ours tok/s", "times one", "of linear", "at least", "met",
-            "DDP tok/s", "ratio"]
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    for line in [head, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+HEAD = ["model", "GPUs", "GB a GPU", "ours tok/s", "times one", "of linear", "at least", "met",
+        "DDP tok/s", "ratio"]
+
+
+def run_all(arguments, asked, work):
+    """The rows of the table, each printed when it is known."""
+    if not (work / "shards" / "shards.json").exists():
+        bench_gpu.write_shards(work / "shards", shapes.SHAPES["dense"].vocab)
+    rows = []
+    for model in arguments.cases.split(","):
+        single = None
+        for gpus in asked:
+            ours = run_ours(arguments, model, gpus, work)
+            single = ours.tokens_per_second if gpus == 1 else single
+            peer = None if arguments.no_peer else run_peer(arguments, model, gpus)
+            for side, result in (("ours", ours), ("peer", peer)):
+                if result and result.problem:
+                    print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
+            rows.append(row(model, gpus, ours, single, peer))
+            print("  ".join(rows[-1]), flush=True)
+    return rows
 
 
 def main():
@@ -109,24 +124,12 @@ def main():
 
     print(f"{there} x {bench_gpu.query('name') or 'unknown GPU'}; {SEQUENCES * LENGTH} tokens a "
           f"step, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
-    work = Path(arguments.work or tempfile.mkdtemp(prefix="bench-scaling-")).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / "shards" / "shards.json").exists():
-        bench_gpu.write_shards(work / "shards", shapes.SHAPES["dense"].vocab)
-    rows = []
-    for model in arguments.cases.split(","):
-        single = None
-        for gpus in asked:
-            ours = run_ours(arguments, model, gpus, work)
-            single = ours.tokens_per_second if gpus == 1 else single
-            peer = None if arguments.no_peer else run_peer(arguments, model, gpus)
-            for side, result in (("ours", ours), ("peer", peer)):
-                if result and result.problem:
-                    print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
-            rows.append(row(model, gpus, ours, single, peer))
-            print("  ".join(rows[-1]), flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
+        work = Path(arguments.work or temporary).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        rows = run_all(arguments, asked, work)
     print()
-    print_table(rows)
+    bench_gpu.print_table(HEAD, rows)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,23 @@ END_TEST
 
 // --- Limits --------------------------------------------------------------------------------------
 
+START_TEST(a_profile_has_no_op_that_the_backend_lacks) {
+    Profile *profile;
+    Backend *backend;
+    ck_assert_ok(backend_cpu(1, &backend));
+    ck_assert_ok(profile_create(backend, &profile));
+    ck_assert(profile_backend(profile)->ops->accumulate != NULL);
+    profile_destroy(profile);
+    BackendOps fewer = *backend->ops;
+    fewer.accumulate = NULL;
+    backend->ops = &fewer;
+    ck_assert_ok(profile_create(backend, &profile));
+    ck_assert(profile_backend(profile)->ops->accumulate == NULL);
+    profile_destroy(profile);
+    backend_destroy(backend);
+}
+END_TEST
+
 START_TEST(devices_are_known_by_name) {
     ck_assert(device_peak("NVIDIA H200", DTYPE_BF16).flops == 989e12);
     ck_assert(device_peak("NVIDIA H200", DTYPE_BF16).bytes_per_second == 4800e9);
@@ -274,6 +291,6 @@ START_TEST(a_profile_leaves_the_run_alone) {
 END_TEST
 
 TEST_MAIN("profile", TEST(results_are_the_same_bits), TEST(recordings_do_not_add_up),
-          TEST(devices_are_known_by_name), TEST(the_nearer_limit_counts),
-          TEST(a_profile_names_every_op), TEST(the_program_prints_the_table),
-          TEST(a_profile_leaves_the_run_alone))
+          TEST(a_profile_has_no_op_that_the_backend_lacks), TEST(devices_are_known_by_name),
+          TEST(the_nearer_limit_counts), TEST(a_profile_names_every_op),
+          TEST(the_program_prints_the_table), TEST(a_profile_leaves_the_run_alone))

@@ -15,6 +15,8 @@
 
 #ifdef D2M_HAVE_CUDA
 
+_Static_assert((int)DEVICE_ID_BYTES == (int)CUDA_COMMUNICATOR_ID_BYTES, "one id, two headers");
+
 const char *device_backends(void) {
     return "cpu, cuda";
 }

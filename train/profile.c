@@ -10,6 +10,7 @@ enum { ROW_NAME_MAX = 48 };
 struct Profile {
     Backend base; // first, so that the Backend * is the Profile *
     Backend *inner;
+    BackendOps ops; // the table below, less what the inner one has not got
     bool recording;
     uint8_t *records; // (capacity) the row of each call
     int64_t num_records, capacity;
@@ -317,7 +318,9 @@ Status profile_create(Backend *inner, Profile **out) {
     Profile *p = calloc(1, sizeof *p);
     if (!p) FAIL(STATUS_INTERNAL, "out of memory for the profile");
     p->base = *inner; // what it says of itself
-    p->base.ops = &profile_ops;
+    p->ops = profile_ops;
+    if (!inner->ops->accumulate) p->ops.accumulate = NULL;
+    p->base.ops = &p->ops;
     p->base.can_capture = false; // ops that are launched as one cannot be timed one by one
     p->inner = inner;
     name_rows(p);
