@@ -212,6 +212,18 @@ static Status train_slowly(const Recipe *recipe, const RunOptions *options) {
     return train_with_loss(recipe, options, slow_cross_entropy);
 }
 
+// A step that takes longer than a rank may hang is none, as long as its micro-batches go on.
+START_TEST(a_long_step_is_no_hang) {
+    tiny_prepare();
+    Recipe recipe = tiny_moe_recipe("long");
+    const RunOptions options = {.resume = RESUME_NEVER};
+    tiny_set(&recipe, "train.steps=1");
+    tiny_set(&recipe, "train.global_batch=240"); // 120 micro-batches of 30 ms and more
+    tiny_set(&recipe, "parallel.hang_seconds=1");
+    ck_assert_ok(train_slowly(&recipe, &options));
+}
+END_TEST
+
 START_TEST(a_slow_rank_is_named_once) {
     tiny_prepare();
     for (int slow = 0; slow < 2; slow++) {
@@ -464,6 +476,7 @@ TEST_MAIN_TIMEOUT("parallel faults", 300,
                   TEST(a_signal_to_one_rank_stops_all),
                   TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
                   TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
+                  TEST(a_long_step_is_no_hang),
                   TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
                   TEST(a_rank_that_fails_by_itself_is_not_waited_for),
                   TEST(any_failed_operation_of_a_save_fails_at_most_that_save),

@@ -20,6 +20,7 @@ typedef struct StepLosses {
 static Status micro_batch(Trainer *t, const StepBatch *batch, int i, const LossWeights *weights) {
     // Sums of pairs are complete only once all micro-batches have been added.
     bool last = i == batch->num_micro - 1 && !t->pairwise;
+    watchdog_beat(t->watchdog, t->state.step + 1, "in the step"); // of which there may be hundreds
     t->model->hooks = t->traffic ? traffic_hooks(t->traffic, i == 0, last) : NULL;
     Status status = model_forward_backward(t->model, &batch->micro[i], weights);
     t->model->hooks = NULL;
