@@ -108,6 +108,7 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
     enable_testing()
     file(GLOB gpu_tests CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/gpu/*.c
       ${CMAKE_SOURCE_DIR}/tests/gpu/*.cu)
+    list(REMOVE_ITEM gpu_tests ${CMAKE_SOURCE_DIR}/tests/gpu/test_gpu_ranks.c)
     foreach(source ${gpu_tests})
       get_filename_component(name ${source} NAME_WE)
       add_executable(${name} ${source})
@@ -118,11 +119,14 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
           RESOURCE_LOCK gpu)
       endif()
     endforeach()
-    # Whole models on the GPU: CPU suites built a second time. CUDA does not survive a fork.
-    foreach(topic parity replay)
-      set(name test_gpu_${topic})
-      add_executable(${name} ${CMAKE_SOURCE_DIR}/tests/test_${topic}.c)
-      target_link_libraries(${name} PRIVATE d2m_train PkgConfig::CHECK)
+    # Whole models and runs: two CPU suites built a second time, and runs on several GPUs. CUDA does
+    # not survive a fork.
+    foreach(source tests/test_parity.c tests/test_replay.c tests/gpu/test_gpu_ranks.c)
+      get_filename_component(topic ${source} NAME_WE)
+      string(REGEX REPLACE "^test_(gpu_)?" "test_gpu_" name ${topic})
+      add_executable(${name} ${CMAKE_SOURCE_DIR}/${source})
+      target_link_libraries(${name} PRIVATE d2m_train PkgConfig::CHECK ${HDF5_C_LIBRARIES})
+      target_include_directories(${name} PRIVATE ${HDF5_C_INCLUDE_DIRS})
       target_compile_definitions(${name} PRIVATE TEST_ON_GPU TEST_SOURCE_DIR=".")
       add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
       set_tests_properties(${name} PROPERTIES LABELS gpu TIMEOUT 600 SKIP_RETURN_CODE 77

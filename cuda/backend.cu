@@ -253,6 +253,7 @@ static const BackendOps ops = {
     .adamw = cuda_adamw,
     .norm2 = cuda_norm2,
     .row_similarity = cuda_row_similarity,
+    .accumulate = cuda_accumulate,
     .add = cuda_add,
     .cast = cuda_cast,
     .destroy = destroy,

@@ -196,6 +196,7 @@ Status cuda_row_similarity(Backend *, const RowSimilarityArgs *);
 size_t cuda_row_similarity_workspace(const CudaBackend *, const RowSimilarityArgs *);
 // elementwise.cu
 Status cuda_add(Backend *, void *, const void *, int64_t);
+Status cuda_accumulate(Backend *, float *, DType, const void *, int64_t);
 Status cuda_cast(Backend *, DType, void *, DType, const void *, int64_t);
 
 #ifdef __cplusplus

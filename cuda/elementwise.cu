@@ -1,4 +1,4 @@
-// a += b, and casts between element types.
+// a += b, sums in fp32, and casts between element types.
 #include <cuda_fp16.h>
 #include "cuda/common.cuh"
 
@@ -11,19 +11,47 @@ template <> __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
 
+// W elements of T, in accesses of 16 bytes where there are more than one.
+template <typename T, int W> struct Elements { T v[W]; };
+template <typename T, int W>
+static __device__ __forceinline__ Elements<T, W> load_elements(const T *p) {
+    constexpr int STEP = W == 1 ? 1 : Vec<T>::SIZE;
+    Elements<T, W> r;
+#pragma unroll
+    for (int i = 0; i < W; i += STEP) {
+        const Piece<T, STEP> piece = load_piece<T, STEP>(p + i);
+#pragma unroll
+        for (int j = 0; j < STEP; j++) r.v[i + j] = piece.v[j];
+    }
+    return r;
+}
+template <typename T, int W>
+static __device__ __forceinline__ void store_elements(T *p, const Elements<T, W> &r) {
+    constexpr int STEP = W == 1 ? 1 : Vec<T>::SIZE;
+#pragma unroll
+    for (int i = 0; i < W; i += STEP) {
+        Piece<T, STEP> piece;
+#pragma unroll
+        for (int j = 0; j < STEP; j++) piece.v[j] = r.v[i + j];
+        store_piece<T, STEP>(p + i, piece);
+    }
+}
+
 // --- a += b --------------------------------------------------------------------------------------
 
-template <typename T, int W>
+// b in pieces of 16 bytes or one by one; a, of the same type or wider, in as many elements.
+template <typename A, typename B, int W>
 static __global__ void __launch_bounds__(THREADS)
-    add_kernel(T *__restrict__ a, const T *__restrict__ b, int64_t count) {
+    add_kernel(A *__restrict__ a, const B *__restrict__ b, int64_t count) {
     const int64_t begin = ((int64_t)blockIdx.x * PIECES * THREADS + threadIdx.x) * W;
-    Piece<T, W> x[PIECES], y[PIECES];
+    Elements<A, W> x[PIECES];
+    Piece<B, W> y[PIECES];
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         const int64_t at = begin + (int64_t)p * THREADS * W;
         if (at >= count) break;
-        x[p] = load_piece<T, W>(a + at);
-        y[p] = load_piece<T, W>(b + at);
+        x[p] = load_elements<A, W>(a + at);
+        y[p] = load_piece<B, W>(b + at);
     }
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
@@ -31,29 +59,40 @@ static __global__ void __launch_bounds__(THREADS)
         if (at >= count) break;
 #pragma unroll
         for (int i = 0; i < W; i++)
-            x[p].v[i] = from_float<T>(to_float(x[p].v[i]) + to_float(y[p].v[i]));
-        store_piece<T, W>(a + at, x[p]);
+            x[p].v[i] = from_float<A>(to_float(x[p].v[i]) + to_float(y[p].v[i]));
+        store_elements<A, W>(a + at, x[p]);
     }
 }
 
-template <typename T, int W>
-static void launch_add(T *a, const T *b, int64_t count, cudaStream_t stream) {
+template <typename A, typename B, int W>
+static void launch_add(A *a, const B *b, int64_t count, cudaStream_t stream) {
     if (count == 0) return;
     const int64_t blocks = div_up(count, (int64_t)THREADS * PIECES * W);
-    add_kernel<T, W><<<(unsigned)blocks, THREADS, 0, stream>>>(a, b, count);
+    add_kernel<A, B, W><<<(unsigned)blocks, THREADS, 0, stream>>>(a, b, count);
 }
 
 // Whole pieces first, then the few elements behind them.
+template <typename A, typename B>
+static void add_all(A *a, const B *b, int64_t count, cudaStream_t stream) {
+    constexpr int WIDE = Vec<B>::SIZE;
+    const bool wide = vec_ok<B>((const void *)((uintptr_t)a | (uintptr_t)b), 0);
+    const int64_t whole = wide ? count / WIDE * WIDE : 0;
+    launch_add<A, B, WIDE>(a, b, whole, stream);
+    launch_add<A, B, 1>(a + whole, b + whole, count - whole, stream);
+}
+
+Status cuda_accumulate(Backend *base, float *sum, DType dtype, const void *values, int64_t count) {
+    CudaBackend *backend = cuda_of(base);
+    backend->current_op = "accumulate";
+    DISPATCH_DTYPE(dtype, T, add_all(sum, (const T *)values, count, backend->stream));
+    LAUNCH_TRY(backend);
+    return STATUS_OK;
+}
+
 Status cuda_add(Backend *base, void *a, const void *b, int64_t count) {
     CudaBackend *backend = cuda_of(base);
     backend->current_op = "add";
-    DISPATCH_DTYPE(base->compute_dtype, T, {
-        constexpr int WIDE = Vec<T>::SIZE;
-        const bool wide = vec_ok<T>((const void *)((uintptr_t)a | (uintptr_t)b), 0);
-        const int64_t whole = wide ? count / WIDE * WIDE : 0;
-        launch_add<T, WIDE>((T *)a, (const T *)b, whole, backend->stream);
-        launch_add<T, 1>((T *)a + whole, (const T *)b + whole, count - whole, backend->stream);
-    });
+    DISPATCH_DTYPE(base->compute_dtype, T, add_all((T *)a, (const T *)b, count, backend->stream));
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }

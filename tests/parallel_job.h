@@ -3,6 +3,7 @@
 #ifndef TESTS_PARALLEL_JOB_H
 #define TESTS_PARALLEL_JOB_H
 
+#include <math.h>
 #include "tests/lazy_communicator.h"
 #include "tests/ranks.h"
 #include "tests/tiny_run.h"
@@ -60,6 +61,58 @@ __attribute__((unused)) static void run_ok(int world, Job *job) {
     else
         ranks_expect_ok(world, &comm_options, run_rank, job);
 }
+
+// --- A signal in the middle ----------------------------------------------------------------------
+
+typedef struct Trigger {
+    long number, calls; // acts at this operation of the process, counted from 1
+    int signal;
+    pid_t run;
+} Trigger;
+
+__attribute__((unused)) static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
+    Trigger *trigger = context;
+    (void)op, (void)path, (void)bytes;
+    if (trigger->run == 0) trigger->run = getpid();
+    if (trigger->run != getpid()) return 0; // a process that checks a shard
+    if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) == trigger->number)
+        kill(getpid(), trigger->signal);
+    return 0;
+}
+
+// --- Bad numbers ---------------------------------------------------------------------------------
+
+// Another function in place of a backend's loss, which may call replaced_loss_. One backend of a
+// process at a time.
+typedef Status LossOp(Backend *, const LinearCrossEntropyArgs *);
+static LossOp *replaced_loss_;
+
+__attribute__((unused)) static void replace_loss(Backend *backend, LossOp *loss) {
+    static BackendOps ops;
+    ops = *backend->ops;
+    replaced_loss_ = ops.linear_cross_entropy;
+    ops.linear_cross_entropy = loss;
+    backend->ops = &ops;
+}
+
+// The loss, or a gradient, is NaN in steps 5 to 7 of a run with one micro-batch a step.
+enum { SPOIL_LOSS, SPOIL_GRADIENT };
+static int spoiled_, spoiled_steps_;
+
+__attribute__((unused)) static Status spoiled_loss(Backend *backend,
+                                                   const LinearCrossEntropyArgs *args) {
+    const double nan = NAN;
+    const float narrow = NAN;
+    TRY(replaced_loss_(backend, args));
+    if (!args->grad_weight) return STATUS_OK; // an evaluation
+    int step = ++spoiled_steps_;
+    if (step < 5 || step > 7) return STATUS_OK;
+    if (spoiled_ == SPOIL_LOSS)
+        return backend->ops->upload(backend, args->loss_sum, &nan, sizeof nan);
+    return backend->ops->upload(backend, args->grad_weight, &narrow, sizeof narrow);
+}
+
+// --- What runs have left -------------------------------------------------------------------------
 
 // The same number of ranks: every file.
 __attribute__((unused)) static void expect_same_run_of(int world, const char *a, const char *b) {

@@ -2,25 +2,7 @@
 // disks, other files on one rank. All ranks end alike or none notices, and nobody waits in vain.
 #include "tests/parallel_job.h"
 
-#include <math.h>
-
 // --- Faults --------------------------------------------------------------------------------------
-
-typedef struct Trigger {
-    long number, calls; // acts at this operation of the process, counted from 1
-    int signal;
-    pid_t run;
-} Trigger;
-
-static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
-    Trigger *trigger = context;
-    (void)op, (void)path, (void)bytes;
-    if (trigger->run == 0) trigger->run = getpid();
-    if (trigger->run != getpid()) return 0; // a process that checks a shard
-    if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) == trigger->number)
-        kill(getpid(), trigger->signal);
-    return 0;
-}
 
 // To the end, as a scheduler would.
 static void finish(int world, Job *job) {
@@ -133,43 +115,18 @@ START_TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not) {
 }
 END_TEST
 
-// A backend whose loss, or a gradient, is NaN in steps 5 to 7.
-enum { SPOIL_LOSS, SPOIL_GRADIENT };
-static struct {
-    int what, micro_batches;
-    float *gradient;
-    Status (*cross_entropy)(Backend *, const LinearCrossEntropyArgs *);
-} spoil;
-
-static Status spoiled_cross_entropy(Backend *backend, const LinearCrossEntropyArgs *args) {
-    const double nan = NAN;
-    const float narrow = NAN;
-    TRY(spoil.cross_entropy(backend, args));
-    if (!args->grad_weight) return STATUS_OK; // an evaluation
-    int step = ++spoil.micro_batches;         // one micro-batch a step
-    if (step < 5 || step > 7) return STATUS_OK;
-    if (spoil.what == SPOIL_LOSS)
-        return backend->ops->upload(backend, args->loss_sum, &nan, sizeof nan);
-    return backend->ops->upload(backend, args->grad_weight, &narrow, sizeof narrow);
-}
-
-// Trains on a backend whose loss is another function, which may call spoil.cross_entropy.
-static Status train_with_loss(const Recipe *recipe, const RunOptions *options,
-                              Status (*loss)(Backend *, const LinearCrossEntropyArgs *)) {
+// Trains on a backend whose loss is another function, which may call replaced_loss_.
+static Status train_with_loss(const Recipe *recipe, const RunOptions *options, LossOp *loss) {
     Backend *backend;
     TRY(prepare_backend(recipe, 0, &backend));
-    static BackendOps ops;
-    ops = *backend->ops;
-    spoil.cross_entropy = ops.linear_cross_entropy;
-    ops.linear_cross_entropy = loss;
-    backend->ops = &ops;
+    replace_loss(backend, loss);
     Status status = run_training_on(backend, recipe, options);
     backend_destroy(backend);
     return status;
 }
 
 static Status train_spoiled(const Recipe *recipe, const RunOptions *options) {
-    return train_with_loss(recipe, options, spoiled_cross_entropy);
+    return train_with_loss(recipe, options, spoiled_loss);
 }
 
 START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
@@ -180,7 +137,7 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
         Job job = job_of(tiny_moe_recipe(name));
         job.victim = 1;
         job.train = train_spoiled;
-        spoil.what = what;
+        spoiled_ = what;
         run_ok(2, &job);
         ck_assert_uint_eq(tiny_count_events(name, "skip"), 3);
         json_t *steps = tiny_log(name, "step");
@@ -205,7 +162,7 @@ END_TEST
 // A rank whose micro-batches take 30 ms longer.
 static Status slow_cross_entropy(Backend *backend, const LinearCrossEntropyArgs *args) {
     usleep(30000);
-    return spoil.cross_entropy(backend, args);
+    return replaced_loss_(backend, args);
 }
 
 static Status train_slowly(const Recipe *recipe, const RunOptions *options) {

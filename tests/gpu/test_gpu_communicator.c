@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "tests/gpu/gpu_count.h"
 #include "tests/gpu/gpu_test.h"
 
 enum { RANKS_MAX = 8, COUNT = 1 << 20, TIMEOUT_SECONDS = 60 };
@@ -46,8 +47,7 @@ static void leave(Rank *r) {
     backend_destroy(r->backend);
 }
 
-// --- Values
-// ----------------------------------------------------------------------------------------
+// --- Values --------------------------------------------------------------------------------------
 
 // Small whole numbers: every sum of them is exact in any order and in bf16's 8 bits.
 static float value_of(int rank, int64_t i) {
@@ -225,14 +225,6 @@ static int lost_rank(Meeting *meeting, int rank, int world) {
 
 // --- Processes ---------------------------------------------------------------------------------
 
-static int count_gpus(void) {
-    const pid_t child = fork();
-    int status = 0;
-    if (child == 0) _exit(backend_cuda_count());
-    waitpid(child, &status, 0);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-}
-
 // Runs the ranks; the last may be killed by itself where `loses_one`.
 static void run_world(int world, bool loses_one, int (*body)(Meeting *, int, int)) {
     pid_t ranks[RANKS_MAX];
@@ -262,7 +254,7 @@ static void run_world(int world, bool loses_one, int (*body)(Meeting *, int, int
 }
 
 int main(void) {
-    const int gpus = count_gpus();
+    const int gpus = gpu_count();
     if (gpus == 0 || !communicator_nccl_built()) {
         printf("skipped: %s\n", gpus == 0 ? "no GPU" : "this build has no NCCL");
         return GPU_SKIP_CODE;

@@ -193,6 +193,23 @@ static void check_add(Backend *gpu, int64_t count, int offset) {
     pair_free(&b);
 }
 
+// One addition in fp32 per element: the same bits on both sides.
+static void check_accumulate(Backend *gpu, DType dtype, int64_t count, int offset) {
+    char text[96];
+    snprintf(text, sizeof text, "accumulate %s %lld%s", dtype_name(dtype), (long long)count,
+             offset ? ", unaligned" : "");
+    Pair sum = pair_random(gpu, DTYPE_F32, count + offset, 1.0f);
+    Pair values = pair_random(gpu, dtype, count + offset, 1.0f);
+    const size_t at = (size_t)offset * dtype_bytes(dtype);
+    Backend *cpu = gpu_reference();
+    GPU_OK(cpu->ops->accumulate(cpu, sum.cpu + offset, DTYPE_F32, values.cpu + offset, count));
+    GPU_OK(gpu->ops->accumulate(gpu, (float *)sum.gpu + offset, dtype, (char *)values.gpu + at,
+                                count));
+    pair_check(&sum, 0.0, text, "sum");
+    pair_free(&sum);
+    pair_free(&values);
+}
+
 // Rounding is defined to the bit, and so is what the CPU does.
 static void check_cast(Backend *gpu, DType to, DType from, int64_t count) {
     const Backend *cpu = gpu_reference();
@@ -230,6 +247,10 @@ int main(void) {
     Backend *gpu = gpu_backend(false); // these do not depend on the compute dtype
     check_adamw_cases(gpu);
     for (int i = 0; i < NUM_COUNTS; i++) {
+        for (int offset = 0; offset < 2; offset++) {
+            check_accumulate(gpu, DTYPE_F32, counts[i], offset);
+            check_accumulate(gpu, DTYPE_BF16, counts[i], offset);
+        }
         check_norm2(gpu, DTYPE_F32, counts[i], 0);
         check_norm2(gpu, DTYPE_F32, counts[i], 1);
         check_norm2(gpu, DTYPE_BF16, counts[i], 0);
