@@ -109,8 +109,13 @@ static int new_socket(int family) {
 static void set_options(int fd) {
     int on = 1;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    // A machine that lost its power says nothing more; keep-alive finds it while nobody sends.
+    // A machine that lost its power says nothing more; keep-alive finds it in a minute while nobody
+    // sends.
+    const int idle = 30, pause = 10, tries = 3; // seconds
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &pause, sizeof pause);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &tries, sizeof tries);
 }
 
 // --- Listening -----------------------------------------------------------------------------------
@@ -295,6 +300,13 @@ Status net_recv(int fd, const char *peer, void *out, size_t bytes, double deadli
                  bytes);
     }
     return STATUS_OK;
+}
+
+void net_rank_name(int rank, const char *who, char name[NET_NAME_MAX]) {
+    if (who)
+        snprintf(name, NET_NAME_MAX, "rank %d (%.130s)", rank, who);
+    else
+        snprintf(name, NET_NAME_MAX, "rank %d", rank);
 }
 
 void net_close(int fd) {

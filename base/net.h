@@ -45,6 +45,9 @@ int net_poll_ms(double deadline);
 void net_peer_host(int fd, char host[NET_HOST_MAX]);
 void net_own_host(int fd, char host[NET_HOST_MAX]);
 
+// "rank 3 (node3, pid 77)"; `who` may be NULL.
+void net_rank_name(int rank, const char *who, char name[NET_NAME_MAX]);
+
 void net_close(int fd); // -1 is nothing
 
 #endif

@@ -65,10 +65,7 @@ Status exchange_open(Exchange *exchange, int rank, int world, const int *sockets
     for (int r = 0; r < world; r++) {
         Channel *channel = &exchange->channels[r];
         channel->fd = r == rank ? -1 : sockets[r];
-        if (names && names[r])
-            snprintf(channel->name, sizeof channel->name, "rank %d (%.140s)", r, names[r]);
-        else
-            snprintf(channel->name, sizeof channel->name, "rank %d", r);
+        net_rank_name(r, names ? names[r] : NULL, channel->name);
     }
     return STATUS_OK;
 }

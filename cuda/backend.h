@@ -31,9 +31,10 @@ enum { CUDA_COMMUNICATOR_ID_BYTES = 128 };
 // What one rank makes and all ranks need to find each other.
 Status communicator_nccl_id(unsigned char id[CUDA_COMMUNICATOR_ID_BYTES]) NODISCARD;
 // All ranks call this with the same id. Waits for them, at most options->timeout_seconds.
-// options->tree is refused (STATUS_USAGE).
+// options->tree is refused (STATUS_USAGE). links->sockets, over which ranks notice that one has
+// died, are taken over on success; they may be NULL.
 Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICATOR_ID_BYTES],
-                         int rank, int world, const CommunicatorOptions *options,
+                         const CommunicatorLinks *links, const CommunicatorOptions *options,
                          Communicator **out) NODISCARD;
 // Without it the functions above fail and say so.
 bool communicator_nccl_built(void);

@@ -8,8 +8,9 @@
 // NCCL's calls do not block (Config.blocking = 0): whether one has been queued, or a peer is gone,
 // is asked for until it is answered or the time is up. NCCL sums in an order of its own, which is
 // the same in every run with the same ranks on the same machines, and rounds bf16 at each addition.
-// A kernel that waits for a peer that died is ended by abort(), which the watchdog calls; the host,
-// which waits for the stream, then goes on and learns of it from check() or the next collective.
+// A kernel that waits for a peer that died is ended by abort(), which the watchdog calls as soon as
+// the connection with that peer closes (NCCL itself notices nothing over NVLink); the host, which
+// waits for the stream, then goes on and learns of it from check() or the next collective.
 // Aborting frees NCCL's communicator, so a mutex is held around each of NCCL's calls, all short.
 #include <pthread.h>
 #include <stdlib.h>
@@ -18,6 +19,7 @@
 #include "cuda/cuda.h"
 
 extern "C" {
+#include "base/net_peers.h"
 #include "cuda/backend.h"
 }
 
@@ -38,6 +40,7 @@ typedef struct NcclCommunicator {
     cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
     CommTicket ticket;                // of the last collective; also read by the watchdog's thread
     const char *name;                 // likewise
+    NetPeers *peers;                  // NULL: nobody tells of a lost one
     bool aborted;                     // under the mutex
     bool failed;
 } NcclCommunicator;
@@ -62,6 +65,14 @@ static Status fail(NcclCommunicator *c, ncclResult_t error) {
          ncclGetLastError(NULL));
 }
 
+static Status check_peers(NcclCommunicator *c) {
+    const char *lost = net_peers_lost(c->peers);
+    if (!lost) return STATUS_OK;
+    c->failed = true;
+    FAIL(STATUS_COMMUNICATION, "rank %d of %d, collective %lld (%s): %s is lost: its connection is "
+         "closed", c->base.rank, c->base.world, (long long)c->ticket, c->name, lost);
+}
+
 // Takes the mutex; gives it back where it fails, since nothing can be asked of NCCL any more.
 static Status lock(NcclCommunicator *c) {
     pthread_mutex_lock(&c->mutex);
@@ -69,6 +80,7 @@ static Status lock(NcclCommunicator *c) {
     const bool aborted = c->aborted;
     pthread_mutex_unlock(&c->mutex);
     c->failed = true;
+    TRY(check_peers(c));
     FAIL(STATUS_COMMUNICATION, "rank %d of %d: communication %s in or before collective %lld (%s)",
          c->base.rank, c->base.world, aborted ? "was aborted" : "has failed", (long long)c->ticket,
          c->name);
@@ -93,6 +105,7 @@ static Status finish(NcclCommunicator *c, ncclResult_t result) {
     while (result == ncclInProgress || result == ncclSuccess) {
         TRY(ask_state(c, &result));
         if (result == ncclSuccess) return STATUS_OK;
+        TRY(check_peers(c));
         if (result == ncclInProgress && now_seconds() > deadline) {
             c->failed = true;
             FAIL(STATUS_COMMUNICATION,
@@ -238,6 +251,10 @@ static void abort_all(Communicator *base) {
     pthread_mutex_unlock(&c->mutex);
 }
 
+static const char *lost(Communicator *base) {
+    return net_peers_lost(nccl_of(base)->peers);
+}
+
 static const char *last(Communicator *base, CommTicket *ticket) {
     NcclCommunicator *c = nccl_of(base);
     *ticket = __atomic_load_n(&c->ticket, __ATOMIC_ACQUIRE);
@@ -256,6 +273,7 @@ static void disconnect(NcclCommunicator *c) {
 static void destroy(Communicator *base) {
     NcclCommunicator *c = nccl_of(base);
     disconnect(c);
+    net_peers_close(c->peers, !c->failed && !c->aborted);
     for (cudaEvent_t event : c->done)
         if (event) cudaEventDestroy(event);
     if (c->before) cudaEventDestroy(c->before);
@@ -273,6 +291,7 @@ static const CommunicatorOps ops = {
     .wait = wait,
     .check = check,
     .abort = abort_all,
+    .lost = lost,
     .last = last,
     .destroy = destroy,
 };
@@ -308,8 +327,15 @@ static Status connect(NcclCommunicator *c, const unsigned char *id) {
     return finish(c, result);
 }
 
+// Sockets are the caller's again where this fails.
+static Status start(NcclCommunicator *c, const unsigned char *id, const CommunicatorLinks *links) {
+    TRY(connect(c, id));
+    if (!links->sockets) return STATUS_OK;
+    return net_peers_open(links->world, links->sockets, links->names, &c->peers);
+}
+
 Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICATOR_ID_BYTES],
-                         int rank, int world, const CommunicatorOptions *options,
+                         const CommunicatorLinks *links, const CommunicatorOptions *options,
                          Communicator **out) {
     *out = NULL;
     if (options->tree)
@@ -318,19 +344,19 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
     NcclCommunicator *c = (NcclCommunicator *)calloc(1, sizeof *c);
     if (!c) FAIL(STATUS_INTERNAL, "out of memory for the communicator");
     c->base.ops = &ops;
-    c->base.rank = rank;
-    c->base.world = world;
+    c->base.rank = links->rank;
+    c->base.world = links->world;
     c->base.timeout_seconds = options->timeout_seconds;
     c->backend = cuda_of(backend);
     c->name = "none";
     pthread_mutex_init(&c->mutex, NULL);
-    const Status status = connect(c, id);
+    const Status status = start(c, id, links);
     if (status != STATUS_OK) {
         c->failed = true;
         destroy(&c->base);
         return status;
     }
-    c->backend->shares_sms = world > 1;
+    c->backend->shares_sms = links->world > 1;
     *out = &c->base;
     return STATUS_OK;
 }
@@ -348,8 +374,8 @@ static Status no_nccl(void) {
 Status communicator_nccl_id(unsigned char *) {
     return no_nccl();
 }
-Status communicator_nccl(Backend *, const unsigned char *, int, int, const CommunicatorOptions *,
-                         Communicator **out) {
+Status communicator_nccl(Backend *, const unsigned char *, const CommunicatorLinks *,
+                         const CommunicatorOptions *, Communicator **out) {
     *out = NULL;
     return no_nccl();
 }

@@ -56,6 +56,9 @@ typedef struct CommunicatorOps {
     // Ends everything in flight on this rank, from any thread: the watchdog's way out of a
     // collective that will never finish. Calls that wait return STATUS_COMMUNICATION.
     void (*abort)(Communicator *);
+    // A peer that is known to be gone, by name, or NULL; from any thread, for the watchdog. The
+    // function is NULL where collectives find that out by themselves.
+    const char *(*lost)(Communicator *);
     // Name and ticket of the collective that is running or ran last ("none", 0 before the first),
     // from any thread, for the watchdog.
     const char *(*last)(Communicator *, CommTicket *);

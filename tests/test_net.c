@@ -2,6 +2,7 @@
 #include "tests/ranks.h"
 
 #include <sys/socket.h>
+#include "base/net_peers.h"
 
 // A connected pair over loopback.
 static void connect_pair(int pair[2]) {
@@ -98,6 +99,35 @@ START_TEST(large_messages_arrive_whole) {
 }
 END_TEST
 
+// Three peers: one lives, one says farewell, one dies.
+START_TEST(a_dead_peer_is_told_from_one_that_left) {
+    static const char *const names[] = {"here", "a, pid 1", NULL, "c, pid 3"};
+    int pairs[3][2], own[4] = {-1};
+    const char *lost = NULL;
+    NetPeers *peers, *leaving;
+    for (int i = 0; i < 3; i++) {
+        connect_pair(pairs[i]);
+        own[i + 1] = pairs[i][0];
+    }
+    ck_assert_ok(net_peers_open(4, own, names, &peers));
+    ck_assert_ok(net_peers_open(1, &pairs[1][1], NULL, &leaving));
+    ck_assert_ptr_null(net_peers_lost(peers));
+    net_peers_close(leaving, true);
+    usleep(50000);
+    ck_assert_ptr_null(net_peers_lost(peers));
+    net_close(pairs[2][1]);
+    const double deadline = clock_seconds() + 5;
+    while (!(lost = net_peers_lost(peers)) && clock_seconds() < deadline) usleep(1000);
+    ck_assert_ptr_nonnull(lost);
+    ck_assert_str_eq(lost, "rank 3 (c, pid 3)");
+    net_close(pairs[0][1]);
+    usleep(50000);
+    ck_assert_ptr_eq(net_peers_lost(peers), lost); // the first to go is the one to look at
+    net_peers_close(peers, false);
+    ck_assert_ptr_null(net_peers_lost(NULL));
+}
+END_TEST
+
 static Status listen_late(int index, void *context) {
     int listener, fd;
     char peer[NET_NAME_MAX];
@@ -143,4 +173,5 @@ END_TEST
 TEST_MAIN("net", TEST(nobody_comes_until_the_deadline),
           TEST(silence_and_fullness_end_at_the_deadline),
           TEST(a_peer_that_left_is_said_and_kills_nobody), TEST(large_messages_arrive_whole),
+          TEST(a_dead_peer_is_told_from_one_that_left),
           TEST(whoever_listens_later_is_found), TEST(wrong_addresses_are_named))

@@ -150,5 +150,51 @@ START_TEST(collectives_are_progress) {
 }
 END_TEST
 
+// A communicator that waits on a device, where a dead peer moves nothing: NCCL's.
+typedef struct Waiting {
+    Communicator base;
+    CommunicatorOps ops;
+    atomic_int aborted;
+} Waiting;
+
+static const char *waiting_lost(Communicator *c) {
+    (void)c;
+    return "rank 1 (node3, pid 77)";
+}
+static const char *waiting_last(Communicator *c, CommTicket *ticket) {
+    (void)c;
+    *ticket = 4;
+    return "all_reduce";
+}
+static void waiting_abort(Communicator *c) {
+    atomic_store(&((Waiting *)c)->aborted, 1);
+}
+
+static Status wait_for_the_dead(int index, void *context) {
+    Waiting waiting = {.ops = {.lost = waiting_lost, .last = waiting_last, .abort = waiting_abort}};
+    Watchdog *w;
+    (void)index;
+    (void)context;
+    waiting.base.ops = &waiting.ops;
+    TRY(start(&waiting.base, 600, &w));
+    watchdog_beat(w, 8, "in the step");
+    const double deadline = clock_seconds() + 5;
+    while (!atomic_load(&waiting.aborted) && clock_seconds() < deadline) usleep(1000);
+    watchdog_stop(w);
+    EXPECT(atomic_load(&waiting.aborted), "aborted");
+    return STATUS_OK;
+}
+
+START_TEST(a_lost_peer_is_not_waited_for) {
+    new_log();
+    processes_start(1, wait_for_the_dead, NULL);
+    ranks_join(1);
+    ranks_expect(0, STATUS_OK, "");
+    expect_log("rank 1 (node3, pid 77) is lost: its connection is closed; this is rank 0, step 8, "
+               "in the step", true);
+}
+END_TEST
+
 TEST_MAIN("watchdog", TEST(a_rank_that_hangs_is_ended), TEST(a_rank_that_works_is_left_alone),
-          TEST(others_are_let_go), TEST(collectives_are_progress))
+          TEST(others_are_let_go), TEST(collectives_are_progress),
+          TEST(a_lost_peer_is_not_waited_for))

@@ -7,7 +7,6 @@
 #include "train/device.h"
 
 #include <string.h>
-#include "base/net.h"
 #include "train/recipe.h"
 #ifdef D2M_HAVE_CUDA
 #include "cuda/backend.h"
@@ -25,12 +24,14 @@ static bool takes_gpu(int choice) {
     return choice == DEVICE_CUDA || (choice == DEVICE_AUTO && backend_cuda_present());
 }
 
+static int count_gpus(void) {
+    return communicator_nccl_built() ? backend_cuda_count() : 1;
+}
+
 static Status connect_gpus(Backend *backend, const unsigned char *id,
                            const CommunicatorLinks *links, const CommunicatorOptions *options,
                            Communicator **out) {
-    TRY(communicator_nccl(backend, id, links->rank, links->world, options, out));
-    for (int r = 0; r < links->world; r++) net_close(links->sockets[r]);
-    return STATUS_OK;
+    return communicator_nccl(backend, id, links, options, out);
 }
 
 static Status make_gpu_id(unsigned char *id) {
@@ -87,6 +88,10 @@ static Status check_gpu(const DeviceOptions *options) {
                        "build where CMake finds nvcc");
 }
 
+static int count_gpus(void) {
+    return 1;
+}
+
 // There is no such backend to connect.
 static Status connect_gpus(Backend *backend, const unsigned char *id,
                            const CommunicatorLinks *links, const CommunicatorOptions *options,
@@ -130,6 +135,10 @@ Status device_open(const DeviceOptions *options, Backend **out) {
     TRY(check_gradients(options));
     if (takes_gpu(options->choice)) return open_gpu(options, out);
     return backend_cpu(options->threads, out);
+}
+
+int device_count(const DeviceOptions *options) {
+    return takes_gpu(options->choice) ? count_gpus() : 1;
 }
 
 static bool is_gpu(const Backend *backend) {

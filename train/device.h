@@ -21,6 +21,9 @@ const char *device_backends(void);
 // Fails when the options are not possible. Opens nothing, so it can be asked before all else.
 Status device_check(const DeviceOptions *options) NODISCARD;
 Status device_open(const DeviceOptions *options, Backend **out) NODISCARD;
+// How many ranks could each have a device of their own here: the visible GPUs where the choice
+// takes GPUs and the build has what connects them, else 1. The machine's memory is one device.
+int device_count(const DeviceOptions *options);
 // The communicator between the ranks' backends (all of one kind), which find each other over the
 // links; a GPU's over `id`, which one rank makes with device_communicator_id. Owns the links'
 // sockets when it succeeds.

@@ -32,6 +32,20 @@ Status prepare_backend(const Recipe *recipe, int local_rank, Backend **out) {
     return device_open(&options, out);
 }
 
+int prepare_ranks(const Recipe *recipe) {
+    if (recipe->parallel_processes > 0) return (int)recipe->parallel_processes;
+    const DeviceOptions options = device_options(recipe, 0);
+    const int devices = device_count(&options);
+    int ranks = devices;
+    while (ranks > 1 && recipe->train_global_batch % (recipe->train_micro_batch * ranks) != 0)
+        ranks--;
+    if (ranks < devices)
+        log_info("%d of %d visible GPUs: train.global_batch = %" PRId64
+                 " sequences are no multiple of train.micro_batch = %" PRId64 " times more of them",
+                 ranks, devices, recipe->train_global_batch, recipe->train_micro_batch);
+    return ranks;
+}
+
 OptimizerOptions prepare_optimizer_options(const Recipe *recipe) {
     bool narrow = recipe->optim_state_dtype == STATE_BF16;
     return (OptimizerOptions){.beta1 = recipe->optim_beta1,

@@ -34,6 +34,9 @@ Status prepare_check_inputs(const Recipe *recipe) NODISCARD;
 
 // The device of the rank that is number `local_rank` on this machine.
 Status prepare_backend(const Recipe *recipe, int local_rank, Backend **out) NODISCARD;
+// How many ranks a run that nobody else starts has on this machine: parallel.processes, or one per
+// visible GPU, as many of them as the batch divides among.
+int prepare_ranks(const Recipe *recipe);
 Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *out) NODISCARD;
 // What a recipe asks for that `world` ranks cannot do: a batch that does not divide, fp32 files of
 // weights that no rank has whole.

@@ -246,8 +246,7 @@ static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **arg
     TRY(load(arguments, recipe));
     if (arguments->print_directory) return print_directory(recipe);
     TRY(launch_from_environment(&launch));
-    int processes = recipe->parallel_processes > 0 ? (int)recipe->parallel_processes : 1;
-    int ranks = launch.kind == LAUNCH_NONE ? processes : launch.world;
+    int ranks = launch.kind == LAUNCH_NONE ? prepare_ranks(recipe) : launch.world;
     if (only_prints(arguments) && launch.rank > 0) return STATUS_OK; // rank 0 does it
     if (arguments->dry_run) return dry_run(recipe, ranks);
     if (arguments->plan_only) return prepare_only(recipe, STOP_AFTER_PLAN);

@@ -13,7 +13,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 
-enum { LOOKS_PER_LIMIT = 10, LEAVE_SECONDS = 10, LOOK_SECONDS_MAX = 5 };
+enum { LOOKS_PER_LIMIT = 10, LEAVE_SECONDS = 10, LOOK_SECONDS_MAX = 1 };
 
 struct Watchdog {
     int rank;
@@ -43,6 +43,14 @@ static bool rest(Watchdog *w, double seconds) {
     return stopped;
 }
 
+// Gives the rank some seconds to help itself.
+static void leave(Watchdog *w) {
+    if (w->communicator) w->communicator->ops->abort(w->communicator);
+    double limit = atomic_load(&w->limit);
+    if (rest(w, limit < LEAVE_SECONDS ? limit : LEAVE_SECONDS)) return;
+    _exit(STATUS_COMMUNICATION);
+}
+
 static void end_rank(Watchdog *w, double idle) {
     CommTicket ticket = 0;
     const char *last =
@@ -51,10 +59,18 @@ static void end_rank(Watchdog *w, double idle) {
               "%" PRId64 "; it hangs, so this rank ends (exit code %d)",
               w->rank, idle, (long long)atomic_load(&w->step), atomic_load(&w->phase), last, ticket,
               STATUS_COMMUNICATION);
-    if (w->communicator) w->communicator->ops->abort(w->communicator);
-    double limit = atomic_load(&w->limit);
-    if (rest(w, limit < LEAVE_SECONDS ? limit : LEAVE_SECONDS)) return; // it could help itself
-    _exit(STATUS_COMMUNICATION);
+    leave(w);
+}
+
+// Whether a rank is gone that this one may be waiting for.
+static bool peer_is_lost(Watchdog *w) {
+    Communicator *c = w->communicator;
+    const char *name = c && c->ops->lost ? c->ops->lost(c) : NULL;
+    if (!name) return false;
+    log_error("%s is lost: its connection is closed; this is rank %d, step %lld, %s", name, w->rank,
+              (long long)atomic_load(&w->step), atomic_load(&w->phase));
+    leave(w);
+    return true;
 }
 
 static void *look_after(void *context) {
@@ -64,6 +80,7 @@ static void *look_after(void *context) {
     for (;;) {
         double limit = atomic_load(&w->limit), pause = limit / LOOKS_PER_LIMIT;
         if (rest(w, pause < LOOK_SECONDS_MAX ? pause : LOOK_SECONDS_MAX)) return NULL;
+        if (peer_is_lost(w)) return NULL;
         CommTicket ticket = 0;
         int64_t now = clock_monotonic_ns(), beat = atomic_load(&w->beat_ns);
         if (w->communicator) (void)w->communicator->ops->last(w->communicator, &ticket);

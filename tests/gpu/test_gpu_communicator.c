@@ -38,7 +38,8 @@ static Rank join(Meeting *meeting, int rank, int world) {
         __atomic_store_n(&meeting->has_id, 1, __ATOMIC_RELEASE);
     }
     while (!__atomic_load_n(&meeting->has_id, __ATOMIC_ACQUIRE)) rest(0.01);
-    GPU_OK(communicator_nccl(r.backend, meeting->id, rank, world, &options, &r.comm));
+    const CommunicatorLinks links = {.rank = rank, .world = world};
+    GPU_OK(communicator_nccl(r.backend, meeting->id, &links, &options, &r.comm));
     return r;
 }
 

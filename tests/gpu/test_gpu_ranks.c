@@ -14,31 +14,36 @@ static int gpus_;
 
 typedef struct GpuJob {
     Job job;
-    bool spoils; // the victim's numbers (tests/parallel_job.h)
+    bool spoils;                    // the victim's numbers (tests/parallel_job.h)
+    int mesh[RANKS_MAX][RANKS_MAX]; // connections over which ranks notice that one has died
 } GpuJob;
 
 // --- A run ---------------------------------------------------------------------------------------
 
-static Status connect_gpu(Backend *backend, Communicator *tcp, Communicator **out) {
+static Status connect_gpu(Backend *backend, Communicator *tcp, GpuJob *gpu, Communicator **out) {
     unsigned char id[DEVICE_ID_BYTES] = {0};
     const CommunicatorOptions options = {.timeout_seconds = HANG_SECONDS};
+    const CommunicatorLinks links = {
+        .rank = tcp->rank, .world = tcp->world, .sockets = gpu->mesh[tcp->rank]};
     CommTicket ticket;
+    for (int i = 0; i < tcp->world; i++)
+        for (int j = 0; j < tcp->world && i != tcp->rank; j++) net_close(gpu->mesh[i][j]);
     if (tcp->rank == 0) TRY(device_communicator_id(backend, id));
     TRY(tcp->ops->broadcast(tcp, id, sizeof id, COMM_BYTE, 0, &ticket));
     TRY(tcp->ops->wait(tcp, ticket));
-    return communicator_nccl(backend, id, tcp->rank, tcp->world, &options, out);
+    return communicator_nccl(backend, id, &links, &options, out);
 }
 
-// The ranks' connections are there to find each other by; the run has its own.
+// The communicator over TCP is there to find each other by; the run has its own.
 static Status run_on_gpu(Communicator *tcp, void *context) {
-    const GpuJob *gpu = context;
+    GpuJob *gpu = context;
     const Job *job = &gpu->job;
     const bool victim = tcp->rank == job->victim;
     RunOptions options = job->options;
     Communicator *nccl = NULL;
     Backend *backend;
     TRY(prepare_backend(&job->recipe, tcp->rank, &backend));
-    Status status = connect_gpu(backend, tcp, &nccl);
+    Status status = connect_gpu(backend, tcp, gpu, &nccl);
     options.communicator = nccl;
     options.local_rank = tcp->rank;
     if (victim && job->hook) io_set_hook(job->hook, job->context);
@@ -60,12 +65,21 @@ static GpuJob gpu_job(const char *name, int world) {
 }
 
 static void start(int world, GpuJob *gpu) {
+    ranks_connect_(world, gpu->mesh);
     ranks_start(world, &comm_options, run_on_gpu, gpu);
+    for (int i = 0; i < world; i++)
+        for (int j = 0; j < world; j++) net_close(gpu->mesh[i][j]);
+}
+
+static void expect_ok(int world, GpuJob *gpu) {
+    start(world, gpu);
+    ranks_join(world);
+    for (int r = 0; r < world; r++) ranks_expect(r, STATUS_OK, "");
 }
 
 static void finish(int world, GpuJob *gpu) {
     gpu->job.victim = ALL_RANKS;
-    ranks_expect_ok(world, &comm_options, run_on_gpu, gpu);
+    expect_ok(world, gpu);
 }
 
 // The name of a run of this many ranks.
@@ -184,7 +198,8 @@ START_TEST(a_killed_rank_ends_all_and_the_same_command_continues) {
         for (int r = 0; r < world - 1; r++) {
             printf("rank %d of %d after %.1f s: %s\n", r, world, rank_results_[r].seconds,
                    rank_results_[r].message);
-            ranks_expect(r, STATUS_COMMUNICATION, "");
+            ranks_expect(r, STATUS_COMMUNICATION, "is lost");
+            ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
         }
         finish(world, &job);
         expect_same_run_of(world, name_of("whole", world), name_of("killed", world));
@@ -246,7 +261,7 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
             tiny_set(&job.job.recipe, "run.gpu_graphs=false"); // what is recorded must not wait
             job.job.victim = world - 1;
             job.spoils = true;
-            ranks_expect_ok(world, &comm_options, run_on_gpu, &job);
+            expect_ok(world, &job);
             ck_assert_uint_eq(tiny_count_events(name, "skip"), 3);
         }
         expect_same_run_of(world, name_of("loss", world), name_of("gradient", world));
