@@ -69,8 +69,10 @@ static Status check_peers(NcclCommunicator *c) {
     const char *lost = net_peers_lost(c->peers);
     if (!lost) return STATUS_OK;
     c->failed = true;
-    FAIL(STATUS_COMMUNICATION, "rank %d of %d, collective %lld (%s): %s is lost: its connection is "
-         "closed", c->base.rank, c->base.world, (long long)c->ticket, c->name, lost);
+    FAIL(STATUS_COMMUNICATION,
+         "rank %d of %d, collective %lld (%s): %s is lost: its connection is "
+         "closed",
+         c->base.rank, c->base.world, (long long)c->ticket, c->name, lost);
 }
 
 // Takes the mutex; gives it back where it fails, since nothing can be asked of NCCL any more.

@@ -4,7 +4,9 @@
 A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
 16 x 2048 as long as there are that many. Our trainer starts its ranks itself (train --gpus N); the
 peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
-machine; medians over the steps after a warm-up.
+machine; medians over the steps after a warm-up. --profile and --saves say, for the largest number
+of GPUs, how long a step waits for communication that no computation hides, and how long training
+stands still for a save.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
@@ -15,6 +17,7 @@ Needs what bench_gpu.py needs. NCCL's variables are handed on.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ import bench_gpu_shapes as shapes
 SCRIPTS = Path(__file__).resolve().parent
 LENGTH, SEQUENCES, MICRO = 2048, 256, 16  # 524,288 tokens a step
 AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}     # times one GPU
+SAVE_AT, SAVE_SEQUENCES = 60, 64
 
 
 def count_gpus():
@@ -34,12 +38,46 @@ def count_gpus():
     return len(done.stdout.strip().splitlines())
 
 
+def case_of(model, gpus, sequences=SEQUENCES, settings=()):
+    return bench_gpu.Case(model, MICRO, LENGTH, settings=(
+        f"train.global_batch={sequences}", f"parallel.processes={gpus}", *settings))
+
+
 def run_ours(arguments, model, gpus, work):
-    settings = (f"train.global_batch={SEQUENCES}", f"parallel.processes={gpus}")
-    case = bench_gpu.Case(model, MICRO, LENGTH, settings=settings)
-    result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case, work)
+    result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case_of(model, gpus), work)
     result.tokens_per_second *= SEQUENCES / MICRO  # bench_gpu counts one micro-batch a step
     return result
+
+
+def profile(arguments, model, gpus, work):
+    """Exposed communication as text."""
+    name = f"{model}-{gpus}-profile"
+    words = bench_gpu.command(arguments, f"{model}-{gpus}", case_of(model, gpus), work)
+    with open(work / f"{name}.log", "wb") as file:
+        done = subprocess.run([*words, "--profile", "4"], stdout=file, stderr=file,
+                              timeout=arguments.timeout, check=False)
+    path = work / "runs" / name / "profile.json"
+    if done.returncode != 0 or not path.exists():
+        return f"failed; see {file.name}"
+    found = json.loads(path.read_text())
+    exposed, step = found["exposed_communication_ms"], found["step_ms"]
+    return f"{exposed:.1f} of {step:.1f} ms a step = {100 * exposed / step:.2f} %"
+
+
+def saves(arguments, model, gpus, work):
+    """How long a save holds up training, as text: what the steps from the save on take more than
+    as many usual ones, while its files are written. Steps are shorter here to have many of them."""
+    case = case_of(model, gpus, SAVE_SEQUENCES, (f"checkpoint.every={SAVE_AT}",))
+    steps = argparse.Namespace(**{**vars(arguments), "warmup": SAVE_AT - 1, "steps": SAVE_AT})
+    result = bench_gpu.run_ours(steps, f"{model}-{gpus}-saves", case, work)
+    if result.problem:
+        return result.problem
+    seconds = result.details["step_seconds"]
+    usual = statistics.median(seconds)
+    stall = sum(seconds) - usual * len(seconds)
+    hundred = 100 * usual * SEQUENCES / SAVE_SEQUENCES
+    return f"{stall:.2f} s a save (slowest step {max(seconds):.2f} s, usual {usual:.2f} s) = " \
+           f"{100 * stall / hundred:.2f} % of 100 steps of {SEQUENCES * LENGTH} tokens"
 
 
 def run_peer(arguments, model, gpus):
@@ -98,6 +136,11 @@ def run_all(arguments, asked, work):
                     print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
             rows.append(row(model, gpus, ours, single, peer))
             print("  ".join(rows[-1]), flush=True)
+        if arguments.profile:
+            print(f"{model} on {gpus}, exposed communication: "
+                  f"{profile(arguments, model, gpus, work)}", flush=True)
+        if arguments.saves:
+            print(f"{model} on {gpus}, a save: {saves(arguments, model, gpus, work)}", flush=True)
     return rows
 
 
@@ -110,6 +153,8 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="for our trainer; may be repeated")
+    parser.add_argument("--profile", action="store_true", help="exposed communication, too")
+    parser.add_argument("--saves", action="store_true", help="the cost of a save, too")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--timeout", type=int, default=500, help="seconds for one side of a case")
     parser.add_argument("--work", help="folder for shards, weights and logs (default: temporary)")

@@ -70,7 +70,8 @@ typedef struct Trigger {
     pid_t run;
 } Trigger;
 
-__attribute__((unused)) static int on_operation(void *context, IoOp op, const char *path, size_t *bytes) {
+__attribute__((unused)) static int on_operation(void *context, IoOp op, const char *path,
+                                                size_t *bytes) {
     Trigger *trigger = context;
     (void)op, (void)path, (void)bytes;
     if (trigger->run == 0) trigger->run = getpid();

@@ -173,5 +173,5 @@ END_TEST
 TEST_MAIN("net", TEST(nobody_comes_until_the_deadline),
           TEST(silence_and_fullness_end_at_the_deadline),
           TEST(a_peer_that_left_is_said_and_kills_nobody), TEST(large_messages_arrive_whole),
-          TEST(a_dead_peer_is_told_from_one_that_left),
-          TEST(whoever_listens_later_is_found), TEST(wrong_addresses_are_named))
+          TEST(a_dead_peer_is_told_from_one_that_left), TEST(whoever_listens_later_is_found),
+          TEST(wrong_addresses_are_named))

@@ -191,7 +191,8 @@ START_TEST(a_lost_peer_is_not_waited_for) {
     ranks_join(1);
     ranks_expect(0, STATUS_OK, "");
     expect_log("rank 1 (node3, pid 77) is lost: its connection is closed; this is rank 0, step 8, "
-               "in the step", true);
+               "in the step",
+               true);
 }
 END_TEST
 

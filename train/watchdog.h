@@ -3,9 +3,9 @@
 // A collective that never finishes, a file system that never answers, a device that never returns:
 // the thread that waits for them cannot help itself. This one looks at how long ago the rank last
 // told of progress (watchdog_beat), or started another collective. When that is too long, or the
-// communicator knows that a peer is gone, it logs step, phase and last collective, aborts the communicator, gives the rank some seconds to end in
-// an orderly way, and ends the process with STATUS_COMMUNICATION, for the scheduler or the parent
-// to start the run again.
+// communicator knows that a peer is gone, it logs step, phase and last collective, aborts the
+// communicator, gives the rank some seconds to end in an orderly way, and ends the process with
+// STATUS_COMMUNICATION, for the scheduler or the parent to start the run again.
 #ifndef TRAIN_WATCHDOG_H
 #define TRAIN_WATCHDOG_H
 
