@@ -39,6 +39,8 @@ static size_t workspace_bytes(Backend *backend, OpKind op, const void *args) {
     case OP_ADAMW:
     case OP_NORM2:
     case OP_ROW_SIMILARITY:
+    case OP_GATHER_ROWS:
+    case OP_COMBINE_ROWS:
     case OP_KIND_COUNT:
         break;
     }
@@ -93,6 +95,8 @@ static const BackendOps cpu_ops = {
     .adamw = cpu_adamw,
     .norm2 = cpu_norm2,
     .row_similarity = cpu_row_similarity,
+    .gather_rows = cpu_gather_rows,
+    .combine_rows = cpu_combine_rows,
     .accumulate = cpu_accumulate,
     .add = cpu_add,
     .cast = cpu_cast,

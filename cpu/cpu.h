@@ -117,6 +117,9 @@ size_t cpu_moe_ffn_workspace(const Backend *backend, const MoeFfnArgs *args);
 Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) NODISCARD;
 Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) NODISCARD;
 
+Status cpu_gather_rows(Backend *backend, const GatherRowsArgs *args) NODISCARD;
+Status cpu_combine_rows(Backend *backend, const CombineRowsArgs *args) NODISCARD;
+
 size_t cpu_cross_entropy_workspace(const Backend *backend, const LinearCrossEntropyArgs *args);
 Status cpu_linear_cross_entropy(Backend *backend, const LinearCrossEntropyArgs *args) NODISCARD;
 

@@ -6,9 +6,9 @@
 // through row_of_slot, without atomics. Backward, with d' = doutᵀ's rows times down:
 //   dgate_value = Σ d'·silu(gate)·up,   d(gate), d(up) from g·d',   grad_down += doutᵀ·A'
 // so the expert outputs need not be kept.
-#include <string.h>
 #include "cpu/cpu.h"
 #include "cpu/gemm.h"
+#include "cpu/rows.h"
 #include "cpu/swiglu.h"
 
 // The rows of all experts cut into pieces of nearly equal size that never mix experts, and the
@@ -107,27 +107,24 @@ static const float *expert_down(const MoeFfnArgs *args, int expert) {
            (int64_t)expert * args->hidden_size * args->intermediate_size;
 }
 
-// to[row] = from[token of row] for the rows [begin, end).
-static void gather_rows(const MoeFfnArgs *args, const float *from, int64_t begin, int64_t end,
-                        float *to) {
-    const int64_t hidden = args->hidden_size;
-    for (int64_t row = begin; row < end; row++) {
-        const int64_t token = args->routing.slot_of_row[row] / args->top_k;
-        memcpy(to + row * hidden, from + token * hidden, (size_t)hidden * sizeof(float));
-    }
+// to[row] = from[token of row] for part `p` of the rows, cut into `parts`.
+static void gather_part(const MoeFfnArgs *args, const float *from, int parts, int p, float *to) {
+    const GatherRowsArgs rows = {.rows = row_count(args),
+                                 .row_bytes = args->hidden_size * (int64_t)sizeof(float),
+                                 .divisor = args->top_k,
+                                 .index = args->routing.slot_of_row,
+                                 .in = from,
+                                 .out = to};
+    gather_rows(&rows, part_begin(rows.rows, parts, p), part_begin(rows.rows, parts, p + 1));
 }
 
-// out[t] = Σ_j rows[row of (t, j)], in the order of j.
-static void combine_token(const MoeFfnArgs *args, const float *rows, int64_t t, float *out) {
-    const int64_t hidden = args->hidden_size;
-    const int32_t *row_of = args->routing.row_of_slot + t * args->top_k;
-    float *to = out + t * hidden;
-    memcpy(to, rows + row_of[0] * hidden, (size_t)hidden * sizeof(float));
-    for (int j = 1; j < args->top_k; j++) {
-        const float *from = rows + row_of[j] * hidden;
-#pragma omp simd
-        for (int64_t h = 0; h < hidden; h++) to[h] += from[h];
-    }
+static CombineRowsArgs combine_of(const MoeFfnArgs *args, const MoeScratch *scratch, void *out) {
+    return (CombineRowsArgs){.tokens = args->tokens,
+                             .hidden_size = args->hidden_size,
+                             .top_k = args->top_k,
+                             .row_of_slot = args->routing.row_of_slot,
+                             .rows = scratch->rows,
+                             .out = out};
 }
 
 static void forward_inner_tile(const MoeFfnArgs *args, const MoeScratch *scratch, int expert,
@@ -160,7 +157,6 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
     moe_layout(backend, args, &workspace, &scratch);
     WORKSPACE_FITS(backend, workspace);
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t rows = row_count(args);
     const int parts = backend->num_threads;
     expert_grid_fill(args, &scratch.inner);
     expert_grid_fill(args, &scratch.hidden);
@@ -168,12 +164,11 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
     // Without out (NULL) only gate_up is wanted: the second half has no tiles and no tokens.
     const int64_t hidden_tiles = args->out ? scratch.hidden.pieces * scratch.hidden.across : 0;
     const int64_t combined = args->out ? args->tokens : 0;
+    const CombineRowsArgs combine = combine_of(args, &scratch, args->out);
 #pragma omp parallel num_threads(parts)
     {
 #pragma omp for schedule(static)
-        for (int p = 0; p < parts; p++)
-            gather_rows(args, args->x, part_begin(rows, parts, p), part_begin(rows, parts, p + 1),
-                        scratch.x);
+        for (int p = 0; p < parts; p++) gather_part(args, args->x, parts, p, scratch.x);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < inner_tiles; i++) {
             int expert;
@@ -189,7 +184,7 @@ Status cpu_moe_ffn_forward(Backend *backend, const MoeFfnArgs *args) {
                     scratch.rows + tile.row * hidden + tile.column, hidden);
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < combined; t++) combine_token(args, scratch.rows, t, args->out);
+        for (int64_t t = 0; t < combined; t++) combine_token(&combine, t);
     }
     return STATUS_OK;
 }
@@ -254,7 +249,8 @@ static void last_product_tile(const MoeFfnArgs *args, const MoeScratch *scratch,
 // dx and dgate of one token from its rows.
 static void finish_token(const MoeFfnArgs *args, const MoeScratch *scratch, int64_t t) {
     const int64_t across = scratch->inner.across;
-    combine_token(args, scratch->rows, t, args->dx);
+    const CombineRowsArgs combine = combine_of(args, scratch, args->dx);
+    combine_token(&combine, t);
     for (int j = 0; j < args->top_k; j++) {
         const int64_t slot = t * args->top_k + j;
         const float *partial = scratch->dgate + args->routing.row_of_slot[slot] * across;
@@ -270,7 +266,6 @@ Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) {
     moe_layout(backend, args, &workspace, &scratch);
     WORKSPACE_FITS(backend, workspace);
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t rows = row_count(args);
     const int parts = backend->num_threads, experts = args->num_experts;
     expert_grid_fill(args, &scratch.inner);
     expert_grid_fill(args, &scratch.hidden);
@@ -282,9 +277,8 @@ Status cpu_moe_ffn_backward(Backend *backend, const MoeFfnArgs *args) {
     {
 #pragma omp for schedule(static)
         for (int p = 0; p < parts; p++) {
-            const int64_t begin = part_begin(rows, parts, p), end = part_begin(rows, parts, p + 1);
-            gather_rows(args, args->x, begin, end, scratch.x);
-            gather_rows(args, args->dout, begin, end, scratch.dout);
+            gather_part(args, args->x, parts, p, scratch.x);
+            gather_part(args, args->dout, parts, p, scratch.dout);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < inner_tiles; i++) {

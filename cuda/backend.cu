@@ -83,6 +83,8 @@ static size_t workspace_bytes(Backend *base, OpKind op, const void *args) {
     case OP_ROW_SIMILARITY:
         return cuda_row_similarity_workspace(b, (const RowSimilarityArgs *)args);
     case OP_ADAMW:
+    case OP_GATHER_ROWS:
+    case OP_COMBINE_ROWS:
     case OP_KIND_COUNT:
         break;
     }
@@ -253,6 +255,8 @@ static const BackendOps ops = {
     .adamw = cuda_adamw,
     .norm2 = cuda_norm2,
     .row_similarity = cuda_row_similarity,
+    .gather_rows = cuda_gather_rows,
+    .combine_rows = cuda_combine_rows,
     .accumulate = cuda_accumulate,
     .add = cuda_add,
     .cast = cuda_cast,

@@ -184,6 +184,9 @@ size_t cuda_router_loss_workspace(const CudaBackend *, const RouterLossArgs *);
 Status cuda_moe_ffn_forward(Backend *, const MoeFfnArgs *);
 Status cuda_moe_ffn_backward(Backend *, const MoeFfnArgs *);
 size_t cuda_moe_ffn_workspace(const CudaBackend *, const MoeFfnArgs *);
+// rows.cu
+Status cuda_gather_rows(Backend *, const GatherRowsArgs *);
+Status cuda_combine_rows(Backend *, const CombineRowsArgs *);
 // cross_entropy.cu
 Status cuda_linear_cross_entropy(Backend *, const LinearCrossEntropyArgs *);
 size_t cuda_linear_cross_entropy_workspace(const CudaBackend *, const LinearCrossEntropyArgs *);

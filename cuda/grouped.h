@@ -11,7 +11,7 @@ extern "C" {
 
 // The row counts of the routings that the host has seen, by where expert_begin lies on the device,
 // so that a backward pass does not wait for what its forward pass knew. An entry is good until that
-// memory is written: by route_forward, or through the backend's memory functions.
+// memory is written: by route_forward or gather_rows, or through the backend's memory functions.
 Status counts_cache_create(CudaBackend *backend) NODISCARD;
 void counts_cache_destroy(CudaBackend *backend);
 // The device memory [begin, begin + bytes) is about to change.

@@ -11,9 +11,8 @@
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
 #include "cuda/hopper_mlp.h"
+#include "cuda/rows.h"
 #include "cuda/swiglu.cuh"
-
-enum { ROW_THREADS = 256 }; // one row per warp
 
 typedef struct MoeScratch {
     void *x;          // (R, H) rows of x by expert; R = T*k
@@ -36,73 +35,29 @@ typedef struct Moe {
 
 // --- Rows --------------------------------------------------------------------------------------
 
-template <typename T, int W>
-static __global__ void __launch_bounds__(ROW_THREADS)
-    gather_kernel(int64_t rows, int hidden, int divisor, const int32_t *__restrict__ index,
-                  const T *__restrict__ from, T *__restrict__ to) {
-    const int64_t row = ((int64_t)blockIdx.x * ROW_THREADS + threadIdx.x) / 32;
-    if (row >= rows) return;
-    const T *source = from + (int64_t)(index[row] / divisor) * hidden;
-#pragma unroll 4
-    for (int h = (threadIdx.x & 31) * W; h < hidden; h += 32 * W)
-        store_piece<T, W>(to + row * hidden + h, load_piece<T, W>(source + h));
-}
-
-// out[t] = Σ_j rows[row of (t, j)], in the order of j.
-template <typename T, int W>
-static __global__ void __launch_bounds__(ROW_THREADS)
-    combine_kernel(int64_t tokens, int hidden, int top_k, const int32_t *__restrict__ row_of_slot,
-                   const T *__restrict__ rows, T *__restrict__ out) {
-    const int64_t t = ((int64_t)blockIdx.x * ROW_THREADS + threadIdx.x) / 32;
-    if (t >= tokens) return;
-    const int32_t *row = row_of_slot + t * top_k;
-    for (int h = (threadIdx.x & 31) * W; h < hidden; h += 32 * W) {
-        float sums[W] = {};
-        for (int j = 0; j < top_k; j++) {
-            const Piece<T, W> piece = load_piece<T, W>(rows + (int64_t)row[j] * hidden + h);
-#pragma unroll
-            for (int i = 0; i < W; i++) sums[i] += to_float(piece.v[i]);
-        }
-        Piece<T, W> sum;
-#pragma unroll
-        for (int i = 0; i < W; i++) sum.v[i] = from_float<T>(sums[i]);
-        store_piece<T, W>(out + t * hidden + h, sum);
-    }
-}
-
-// to[i] = from[index[i] / divisor] for rows i of H values.
-static Status gather(const Moe *m, int64_t rows, const int32_t *index, int divisor,
-                     const void *from, void *to) {
-    const int hidden = m->args->hidden_size;
-    DISPATCH_DTYPE(m->b->base.compute_dtype, T, {
-        const bool wide = vec_ok<T>((const void *)((uintptr_t)from | (uintptr_t)to), hidden);
-        auto kernel = wide ? gather_kernel<T, Vec<T>::SIZE> : gather_kernel<T, 1>;
-        kernel<<<(unsigned)div_up(rows, ROW_THREADS / 32), ROW_THREADS, 0, m->b->stream>>>(
-            rows, hidden, divisor, index, (const T *)from, (T *)to);
-    });
-    LAUNCH_TRY(m->b);
-    return STATUS_OK;
-}
-
 // The rows of x or dout by expert.
 static Status gather_tokens(const Moe *m, const void *from, void *to) {
     const MoeFfnArgs *args = m->args;
-    return gather(m, args->tokens * args->top_k, args->routing.slot_of_row, args->top_k, from, to);
+    GatherRowsArgs rows = {};
+    rows.rows = args->tokens * args->top_k;
+    rows.row_bytes = args->hidden_size * (int64_t)m->element;
+    rows.divisor = args->top_k;
+    rows.index = args->routing.slot_of_row;
+    rows.in = from;
+    rows.out = to;
+    return rows_gather(m->b, &rows);
 }
 
 static Status combine(const Moe *m, void *out) {
     const MoeFfnArgs *args = m->args;
-    const int32_t *row_of_slot = args->routing.row_of_slot;
-    if (args->top_k == 1) return gather(m, args->tokens, row_of_slot, 1, m->scratch.rows, out);
-    DISPATCH_DTYPE(m->b->base.compute_dtype, T, {
-        const bool wide = vec_ok<T>(out, args->hidden_size);
-        auto kernel = wide ? combine_kernel<T, Vec<T>::SIZE> : combine_kernel<T, 1>;
-        kernel<<<(unsigned)div_up(args->tokens, ROW_THREADS / 32), ROW_THREADS, 0, m->b->stream>>>(
-            args->tokens, args->hidden_size, args->top_k, row_of_slot, (const T *)m->scratch.rows,
-            (T *)out);
-    });
-    LAUNCH_TRY(m->b);
-    return STATUS_OK;
+    CombineRowsArgs rows = {};
+    rows.tokens = args->tokens;
+    rows.hidden_size = args->hidden_size;
+    rows.top_k = args->top_k;
+    rows.row_of_slot = args->routing.row_of_slot;
+    rows.rows = m->scratch.rows;
+    rows.out = out;
+    return rows_combine(m->b, &rows);
 }
 
 // --- Scratch ---------------------------------------------------------------------------------
@@ -328,8 +283,19 @@ static Status zero_idle_gradients(const Moe *m) {
     return STATUS_OK;
 }
 
+// Without a token nobody has rows, and nothing is launched.
+static Status zero_all_gradients(CudaBackend *b, const MoeFfnArgs *args) {
+    const size_t down = (size_t)args->num_experts * (size_t)args->hidden_size *
+                        (size_t)args->intermediate_size * dtype_bytes(b->base.grad_dtype);
+    b->current_op = "moe_ffn_backward";
+    CUDA_TRY(b, cudaMemsetAsync(args->grad_gate_up, 0, 2 * down, b->stream));
+    CUDA_TRY(b, cudaMemsetAsync(args->grad_down, 0, down, b->stream));
+    return STATUS_OK;
+}
+
 Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
-    if (args->tokens == 0) return STATUS_OK;
+    if (args->tokens == 0)
+        return args->grad_assign ? zero_all_gradients(cuda_of(base), args) : STATUS_OK;
     Moe m = {};
     TRY(moe_open(base, args, true, &m));
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));

@@ -12,9 +12,9 @@
 //    with `grad_`), which have its grad_dtype. `float *`, `int32_t *` and `double *` are as
 //    written.
 //  - Weight gradients ACCUMULATE (+=), those of matrices are ASSIGNED (=) when the args say
-//    grad_assign (and there is a token): the first micro-batch of a step then needs no zeros to
-//    add to. Activation gradients (names starting with `d`) are ASSIGNED unless a comment says
-//    otherwise.
+//    grad_assign (and there is a token, moe_ffn apart): the first micro-batch of a step then needs
+//    no zeros to add to. Activation gradients (names starting with `d`) are ASSIGNED unless a
+//    comment says otherwise.
 //  - Forward and backward of an op take the same argument struct. Forward ignores the gradient
 //    members; backward reads the inputs and what the struct calls saved.
 //  - No operand aliases another unless the comment allows it.
@@ -197,7 +197,8 @@ typedef struct RouterLossArgs {
 // The expert MLPs, dropless: every assignment is computed, none is padded.
 //   out[t] = Σ_j gate[t,j] · MLP_expert[t,j](x[t])
 // Backward reads x, routing and gate_up (activations are recomputed); assigns dx and dgate.
-// Forward with out NULL computes only gate_up.
+// Forward with out NULL computes only gate_up. Experts may be without rows, all of them with
+// tokens = 0: a rank's share of the experts can be what no token chose.
 typedef struct MoeFfnArgs {
     int64_t tokens;
     int hidden_size, intermediate_size, num_experts, top_k;
@@ -214,6 +215,28 @@ typedef struct MoeFfnArgs {
     void *grad_gate_up; // (N, 2I, H)
     void *grad_down;    // (N, H, I)
 } MoeFfnArgs;
+
+// Rows of a matrix by an index: out[r] = in[index[r] / divisor], r < rows. Bytes are copied as they
+// are. With slot_of_row and divisor k it takes tokens to rows by expert, with divisor 1 what
+// belongs to the slots, as gates do. rows may be 0.
+typedef struct GatherRowsArgs {
+    int64_t rows;
+    int64_t row_bytes;    // a multiple of 4, of every row of in and out
+    int divisor;          // >= 1
+    const int32_t *index; // (rows)
+    const void *in;       // rows of row_bytes
+    void *out;            // (rows) of row_bytes
+} GatherRowsArgs;
+
+// The way back: out[t] = Σ_j rows[row_of_slot[t*k + j]], j < k, summed in fp32 in the order of j
+// and rounded once. tokens may be 0.
+typedef struct CombineRowsArgs {
+    int64_t tokens;
+    int hidden_size, top_k;
+    const int32_t *row_of_slot; // (T*k)
+    const void *rows;           // (T*k, H)
+    void *out;                  // (T, H)
+} CombineRowsArgs;
 
 // Final linear + softmax + cross-entropy, in chunks of tokens: the T×V logits never exist whole.
 //   loss_sum += Σ_t -log softmax(x·weightᵀ)[t, targets[t]] over targets >= 0; loss_count += their
@@ -277,6 +300,8 @@ typedef enum OpKind {
     OP_ADAMW,
     OP_NORM2,
     OP_ROW_SIMILARITY,
+    OP_GATHER_ROWS,
+    OP_COMBINE_ROWS,
     OP_KIND_COUNT
 } OpKind;
 
@@ -344,6 +369,8 @@ typedef struct BackendOps {
     Status (*norm2)(Backend *, DType dtype, const void *grad, int64_t count,
                     double *sums) NODISCARD;
     Status (*row_similarity)(Backend *, const RowSimilarityArgs *) NODISCARD;
+    Status (*gather_rows)(Backend *, const GatherRowsArgs *) NODISCARD;
+    Status (*combine_rows)(Backend *, const CombineRowsArgs *) NODISCARD;
     // sum += values, in fp32. NULL where a backend has not got it: ranks cannot share gradients.
     Status (*accumulate)(Backend *, float *sum, DType, const void *values, int64_t count) NODISCARD;
     // a += b, compute_dtype.

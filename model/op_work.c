@@ -121,6 +121,17 @@ static OpWork moe_ffn_work(Sizes s, const MoeFfnArgs *a, OpPass pass) {
     return (OpWork){3 * product, (2 * tokens * hidden + kept + weights) * s.e + rows * F32 + lists};
 }
 
+// An index names no value twice, so that `divisor` rows of out share one of in.
+static OpWork gather_rows_work(const GatherRowsArgs *a) {
+    double rows = (double)a->rows, read = (double)((a->rows + a->divisor - 1) / a->divisor);
+    return (OpWork){0, rows * I32 + (read + rows) * (double)a->row_bytes};
+}
+
+static OpWork combine_rows_work(Sizes s, const CombineRowsArgs *a) {
+    double tokens = (double)a->tokens, slots = tokens * a->top_k;
+    return (OpWork){0, slots * I32 + (slots + tokens) * a->hidden_size * s.e};
+}
+
 // --- The end of the model, and the optimizer -----------------------------------------------------
 
 static OpWork cross_entropy_work(Sizes s, const LinearCrossEntropyArgs *a) {
@@ -185,6 +196,10 @@ OpWork op_work(const Backend *backend, OpKind op, OpPass pass, const void *args)
         const RowSimilarityArgs *rows = args;
         return (OpWork){0, 2 * (double)rows->tokens * rows->hidden_size * s.e};
     }
+    case OP_GATHER_ROWS:
+        return gather_rows_work(args);
+    case OP_COMBINE_ROWS:
+        return combine_rows_work(s, args);
     case OP_KIND_COUNT:
         break;
     }
@@ -206,6 +221,8 @@ const char *op_name(OpKind op) {
         [OP_ADAMW] = "adamw",
         [OP_NORM2] = "norm2",
         [OP_ROW_SIMILARITY] = "row_similarity",
+        [OP_GATHER_ROWS] = "gather_rows",
+        [OP_COMBINE_ROWS] = "combine_rows",
     };
     return names[op];
 }

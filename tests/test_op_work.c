@@ -131,6 +131,12 @@ START_TEST(loss_optimizer_and_the_rest) {
     expect_work(OP_NORM2, PASS_FORWARD, &count, 0, 40);
     RowSimilarityArgs rows = {.tokens = 10, .hidden_size = 8};
     expect_work(OP_ROW_SIMILARITY, PASS_FORWARD, &rows, 0, 320);
+    GatherRowsArgs gather = {.rows = 20, .row_bytes = 16, .divisor = 2};
+    // The index 80; 10 rows read, 20 written.
+    expect_work(OP_GATHER_ROWS, PASS_FORWARD, &gather, 0, 80 + 160 + 320);
+    CombineRowsArgs combine = {.tokens = 10, .hidden_size = 8, .top_k = 2};
+    // The index 80; 20 rows read, 10 written.
+    expect_work(OP_COMBINE_ROWS, PASS_FORWARD, &combine, 0, 80 + 320 + 160);
     ck_assert(op_work_add(DTYPE_BF16, 10).bytes == 60);
     ck_assert(op_work_cast(DTYPE_F32, DTYPE_BF16, 10).bytes == 60);
 }

@@ -272,6 +272,44 @@ START_TEST(moe_ffn_with_wide_experts) {
 }
 END_TEST
 
+// No token chose any of the experts: nothing to read or write but the gradients, which are zeros.
+START_TEST(moe_ffn_without_tokens) {
+    enum { HIDDEN = 6, INNER = 5, EXPERTS = 3, MATRIX = EXPERTS * HIDDEN * INNER };
+    int32_t begin[EXPERTS + 1] = {0};
+    for (int n = 0; n < THREAD_COUNTS; n++) {
+        Backend *backend = test_backend(thread_counts[n]);
+        Values gate_up = values_random(2 * MATRIX, 1), down = values_random(MATRIX, 1);
+        float *grad_gate_up = floats_copied(gate_up), *grad_down = floats_copied(down), none[1];
+        MoeFfnArgs args = {.tokens = 0,
+                           .hidden_size = HIDDEN,
+                           .intermediate_size = INNER,
+                           .num_experts = EXPERTS,
+                           .top_k = 1,
+                           .x = none,
+                           .weight_gate_up = gate_up.f,
+                           .weight_down = down.f,
+                           .routing = {.expert_begin = begin},
+                           .out = none,
+                           .gate_up = none,
+                           .dout = none,
+                           .dx = none,
+                           .dgate = none,
+                           .grad_gate_up = grad_gate_up,
+                           .grad_down = grad_down};
+        RUN_OP(backend, OP_MOE_FFN, moe_ffn_forward, &args);
+        RUN_OP(backend, OP_MOE_FFN, moe_ffn_backward, &args);
+        check_equal("gate_up +=", grad_gate_up, gate_up.f, sizeof(float) * 2 * MATRIX);
+        check_equal("down +=", grad_down, down.f, sizeof(float) * MATRIX);
+        args.grad_assign = true;
+        args.grad_gate_up = grad_gate_up = floats_poisoned(2 * MATRIX);
+        args.grad_down = grad_down = floats_poisoned(MATRIX);
+        RUN_OP(backend, OP_MOE_FFN, moe_ffn_backward, &args);
+        for (int i = 0; i < 2 * MATRIX; i++) ck_assert(grad_gate_up[i] == 0.0f);
+        for (int i = 0; i < MATRIX; i++) ck_assert(grad_down[i] == 0.0f);
+    }
+}
+END_TEST
+
 // One expert and a gate of 1 is the dense MLP.
 START_TEST(one_expert_is_the_dense_mlp) {
     Backend *backend = test_backend(2);
@@ -317,4 +355,5 @@ START_TEST(one_expert_is_the_dense_mlp) {
 END_TEST
 
 TEST_MAIN("dense and expert MLP", TEST(ffn_matches_reference), TEST(moe_ffn_matches_reference),
-          TEST(moe_ffn_with_wide_experts), TEST(one_expert_is_the_dense_mlp))
+          TEST(moe_ffn_with_wide_experts), TEST(moe_ffn_without_tokens),
+          TEST(one_expert_is_the_dense_mlp))

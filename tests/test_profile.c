@@ -117,6 +117,31 @@ START_TEST(a_profile_has_no_op_that_the_backend_lacks) {
 }
 END_TEST
 
+// Nothing else calls these on one rank.
+START_TEST(rows_between_orders_are_timed) {
+    Profile *profile;
+    Backend *backend;
+    const int32_t index[2] = {1, 0};
+    const float in[4] = {1, 2, 3, 4};
+    float rows[4], out[2];
+    GatherRowsArgs gather = {2, 8, 1, index, in, rows};
+    CombineRowsArgs combine = {1, 2, 2, index, rows, out};
+    ck_assert_ok(backend_cpu(1, &backend));
+    ck_assert_ok(profile_create(backend, &profile));
+    Backend *watched = profile_backend(profile);
+    ck_assert_ok(profile_start(profile, 1));
+    ck_assert_ok(watched->ops->gather_rows(watched, &gather));
+    ck_assert_ok(watched->ops->combine_rows(watched, &combine));
+    ck_assert_ok(profile_stop(profile));
+    ck_assert(rows[0] == 3 && rows[1] == 4 && rows[2] == 1 && rows[3] == 2);
+    ck_assert(out[0] == 4 && out[1] == 6);
+    ck_assert(find_row(profile, "gather_rows")->work.bytes == 8 + 16 + 16);
+    ck_assert(find_row(profile, "combine_rows")->work.bytes == 8 + 16 + 8);
+    profile_destroy(profile);
+    backend_destroy(backend);
+}
+END_TEST
+
 START_TEST(devices_are_known_by_name) {
     ck_assert(device_peak("NVIDIA H200", DTYPE_BF16).flops == 989e12);
     ck_assert(device_peak("NVIDIA H200", DTYPE_BF16).bytes_per_second == 4800e9);
@@ -291,6 +316,7 @@ START_TEST(a_profile_leaves_the_run_alone) {
 END_TEST
 
 TEST_MAIN("profile", TEST(results_are_the_same_bits), TEST(recordings_do_not_add_up),
-          TEST(a_profile_has_no_op_that_the_backend_lacks), TEST(devices_are_known_by_name),
-          TEST(the_nearer_limit_counts), TEST(a_profile_names_every_op),
-          TEST(the_program_prints_the_table), TEST(a_profile_leaves_the_run_alone))
+          TEST(a_profile_has_no_op_that_the_backend_lacks), TEST(rows_between_orders_are_timed),
+          TEST(devices_are_known_by_name), TEST(the_nearer_limit_counts),
+          TEST(a_profile_names_every_op), TEST(the_program_prints_the_table),
+          TEST(a_profile_leaves_the_run_alone))

@@ -125,6 +125,8 @@ PROFILED(router_loss, RouterLossArgs, OP_ROUTER_LOSS, PASS_FORWARD)
 PROFILED(linear_cross_entropy, LinearCrossEntropyArgs, OP_LINEAR_CROSS_ENTROPY, PASS_FORWARD)
 PROFILED(adamw, AdamwArgs, OP_ADAMW, PASS_FORWARD)
 PROFILED(row_similarity, RowSimilarityArgs, OP_ROW_SIMILARITY, PASS_FORWARD)
+PROFILED(gather_rows, GatherRowsArgs, OP_GATHER_ROWS, PASS_FORWARD)
+PROFILED(combine_rows, CombineRowsArgs, OP_COMBINE_ROWS, PASS_FORWARD)
 
 static Status norm2(Backend *backend, DType dtype, const void *grad, int64_t count, double *sums) {
     Profile *p = profile_of(backend);
@@ -287,6 +289,8 @@ static const BackendOps profile_ops = {
     .adamw = adamw,
     .norm2 = norm2,
     .row_similarity = row_similarity,
+    .gather_rows = gather_rows,
+    .combine_rows = combine_rows,
     .accumulate = accumulate,
     .add = add,
     .cast = cast,

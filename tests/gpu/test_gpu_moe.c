@@ -1,5 +1,6 @@
 // The expert MLPs on the GPU against the CPU backend: balanced, one expert with everything, empty
-// experts, k = N, one token, odd sizes, and many row counts in a row.
+// experts, k = N, one token, none, odd sizes, and many row counts in a row; and the rows between
+// token and expert order.
 #include "tests/gpu/gpu_routing.h"
 
 typedef struct Shape {
@@ -166,6 +167,88 @@ static void check_new_routing(Backend *gpu) {
     free_operands(&o);
 }
 
+// --- Rows between the orders -------------------------------------------------------------------
+
+// Of `type`, and where the two ends are `offset` elements behind the beginning of their memory.
+static void check_gather(Backend *gpu, DType type, const RoutingPair *routing, int width,
+                         int divisor, int offset) {
+    const int64_t rows = routing->tokens * routing->k, in_rows = rows / divisor;
+    const int64_t bytes = (int64_t)dtype_bytes(type);
+    char text[128];
+    snprintf(text, sizeof text, "%s gather_rows R%d width %d / %d + %d", dtype_name(type),
+             (int)rows, width, divisor, offset);
+    Pair in = pair_random(gpu, type, in_rows * width + offset, 1.0f);
+    Pair out = pair_poisoned(gpu, type, rows * width + offset);
+    GatherRowsArgs cpu_args = {.rows = rows,
+                               .row_bytes = width * (int64_t)sizeof(float),
+                               .divisor = divisor,
+                               .index = routing->cpu.slot_of_row,
+                               .in = in.cpu + offset,
+                               .out = out.cpu + offset};
+    GatherRowsArgs gpu_args = cpu_args;
+    gpu_args.row_bytes = width * bytes;
+    gpu_args.index = routing->gpu.slot_of_row;
+    gpu_args.in = (char *)in.gpu + offset * bytes;
+    gpu_args.out = (char *)out.gpu + offset * bytes;
+    for (int i = 0; i < offset; i++) out.cpu[i] = 0.0f;
+    pair_upload(&out);
+    GPU_RUN(gpu_reference(), OP_GATHER_ROWS, gather_rows, &cpu_args);
+    GPU_RUN(gpu, OP_GATHER_ROWS, gather_rows, &gpu_args);
+    pair_check(&out, 0, text, "out");
+    pair_free(&in);
+    pair_free(&out);
+}
+
+static void check_combine(Backend *gpu, const RoutingPair *routing, int hidden) {
+    const DType type = gpu->compute_dtype;
+    char text[128];
+    snprintf(text, sizeof text, "%s combine_rows T%d H%d k%d", dtype_name(type),
+             (int)routing->tokens, hidden, routing->k);
+    Pair rows = pair_random(gpu, type, routing->tokens * routing->k * hidden, 1.0f);
+    Pair out = pair_poisoned(gpu, type, routing->tokens * hidden);
+    Pair again = pair_poisoned(gpu, type, out.count);
+    CombineRowsArgs cpu_args = {.tokens = routing->tokens,
+                                .hidden_size = hidden,
+                                .top_k = routing->k,
+                                .row_of_slot = routing->cpu.row_of_slot,
+                                .rows = rows.cpu,
+                                .out = out.cpu};
+    CombineRowsArgs gpu_args = cpu_args;
+    gpu_args.row_of_slot = routing->gpu.row_of_slot;
+    gpu_args.rows = rows.gpu;
+    gpu_args.out = out.gpu;
+    GPU_RUN(gpu_reference(), OP_COMBINE_ROWS, combine_rows, &cpu_args);
+    GPU_RUN(gpu, OP_COMBINE_ROWS, combine_rows, &gpu_args);
+    pair_check(&out, gpu_tolerance(type), text, "out");
+    gpu_args.out = again.gpu;
+    GPU_RUN(gpu, OP_COMBINE_ROWS, combine_rows, &gpu_args);
+    pair_check_same_bits(&again, &out, text, "out");
+    pair_free(&rows);
+    pair_free(&out);
+    pair_free(&again);
+}
+
+static void check_rows(Backend *gpu) {
+    const int64_t tokens[] = {0, 1, 77, 1000};
+    const int widths[] = {896, 100, 3};
+    for (int t = 0; t < 4; t++) {
+        for (int k = 1; k <= 3; k += 2) {
+            RoutingPair routing = routing_poisoned(gpu, tokens[t], 6, k);
+            routing_random(&routing, SPREAD_EVEN);
+            for (int w = 0; w < 3; w++) {
+                const int even = widths[w] + widths[w] % 2; // a multiple of 4 bytes in bf16, too
+                check_gather(gpu, gpu->compute_dtype, &routing, even, k, 0);
+                check_gather(gpu, gpu->compute_dtype, &routing, even, 1, 2); // 16 bytes no more
+                check_combine(gpu, &routing, widths[w]);
+            }
+            check_gather(gpu, DTYPE_F32, &routing, 3, k, 0);
+            check_gather(gpu, DTYPE_F32, &routing, 1, 1, 0); // as gates are gathered
+            check_gather(gpu, DTYPE_F32, &routing, 1, 1, 1);
+            routing_free(&routing);
+        }
+    }
+}
+
 static const Shape shapes[] = {
     {1, 64, 96, 6, 1, SPREAD_EVEN},      {1, 64, 96, 4, 4, SPREAD_EVEN},
     {1, 8, 8, 1, 1, SPREAD_ONE},         {5, 33, 17, 3, 2, SPREAD_EVEN},
@@ -174,6 +257,7 @@ static const Shape shapes[] = {
     {150, 72, 40, 5, 5, SPREAD_EVEN},    {513, 896, 608, 6, 1, SPREAD_EVEN},
     {700, 256, 264, 6, 2, SPREAD_ONE},   {400, 64, 32, 64, 4, SPREAD_EVEN},
     {200, 100, 50, 256, 2, SPREAD_GAPS}, {3000, 128, 1544, 6, 1, SPREAD_HALF},
+    {0, 64, 96, 6, 1, SPREAD_EVEN},      {0, 33, 17, 3, 2, SPREAD_EVEN},
 };
 
 static void check_all(Backend *gpu) {
@@ -185,6 +269,7 @@ static void check_all(Backend *gpu) {
         check_shape(gpu, &s);
     }
     check_new_routing(gpu);
+    check_rows(gpu);
     backend_destroy(gpu);
 }
 
