@@ -18,6 +18,7 @@ static const char *const kind_names[] = {
     [EXCHANGE_ALL_GATHER] = "all_gather",
     [EXCHANGE_BROADCAST] = "broadcast",
     [EXCHANGE_ALL_TO_ALL] = "all_to_all",
+    [EXCHANGE_SPLIT] = "split",
     [EXCHANGE_GAVE_UP] = "gave up",
 };
 enum { NUM_KINDS = sizeof kind_names / sizeof kind_names[0] };
@@ -26,14 +27,18 @@ const char *exchange_kind_name(int kind) {
     return kind >= 0 && kind < NUM_KINDS ? kind_names[kind] : "unknown";
 }
 
-// "reduce_scatter number 12 (4096 bytes of F32)"
+// "reduce_scatter number 12 (4096 bytes of F32)", "all_to_all number 3 of group 1"
 static void describe(const ExchangeHeader *head, char text[DESCRIPTION_MAX]) {
     static const char *const types[] = {"F32", "BF16", "F64", "I64", "BYTE"};
     static const char *const reduces[] = {"", ", minimum", ", maximum"};
     enum { NUM_TYPES = sizeof types / sizeof types[0], NUM_REDUCES = 3 };
     int used = snprintf(text, DESCRIPTION_MAX, "%s number %" PRId64, exchange_kind_name(head->kind),
                         head->sequence);
-    if (head->kind == EXCHANGE_ALL_TO_ALL || used < 0 || used >= DESCRIPTION_MAX) return;
+    if (used < 0 || used >= DESCRIPTION_MAX) return;
+    if (head->group != 0)
+        used += snprintf(text + used, (size_t)(DESCRIPTION_MAX - used), " of group %d",
+                         (int)head->group);
+    if (head->kind == EXCHANGE_ALL_TO_ALL || used >= DESCRIPTION_MAX) return;
     int more =
         snprintf(text + used, (size_t)(DESCRIPTION_MAX - used), " (%" PRId64 " bytes of %s%s",
                  head->bytes, head->type < NUM_TYPES ? types[head->type] : "?",
@@ -93,7 +98,8 @@ static void say_gave_up(Exchange *exchange, Channel *channel, int culprit) {
         ExchangeHeader head = {.magic = MAGIC,
                                .kind = EXCHANGE_GAVE_UP,
                                .sequence = exchange->head.sequence,
-                               .root = culprit};
+                               .root = culprit,
+                               .group = exchange->head.group};
         bool gone = false;
         const char *why;
         (void)net_send_some(channel->fd, &head, sizeof head, &gone, &why);
@@ -175,16 +181,17 @@ static Status check_header(const Exchange *exchange, const Channel *channel, int
              "%s sent bytes that are no header (%08x, expected %08x) while rank %d was in %s",
              channel->name, other->magic, MAGIC, exchange->rank, here);
     if (other->kind == EXCHANGE_GAVE_UP) {
-        char blame[64] = "an error of its own";
+        char blame[64] = "an error of its own", group[32] = "";
         *culprit = other->root;
         if (other->root >= 0) snprintf(blame, sizeof blame, "rank %d", other->root);
+        if (other->group != 0) snprintf(group, sizeof group, " of group %d", (int)other->group);
         FAIL(STATUS_COMMUNICATION,
-             "%s gave up in its collective number %" PRId64 " because of %s; rank %d was in %s",
-             channel->name, other->sequence, blame, exchange->rank, here);
+             "%s gave up in its collective number %" PRId64 "%s because of %s; rank %d was in %s",
+             channel->name, other->sequence, group, blame, exchange->rank, here);
     }
     if (own->kind != other->kind || own->type != other->type || own->reduce != other->reduce ||
-        own->sequence != other->sequence || own->bytes != other->bytes ||
-        own->root != other->root || own->phase != other->phase)
+        own->group != other->group || own->sequence != other->sequence ||
+        own->bytes != other->bytes || own->root != other->root || own->phase != other->phase)
         FAIL(STATUS_COMMUNICATION,
              "ranks are in different collectives: rank %d in %s, %s in %s; all must make the same "
              "calls in the same order",
@@ -208,6 +215,7 @@ static bool wants_recv(const Channel *channel) {
 }
 
 static bool is_done(const Channel *channel) {
+    if (!channel->is_in) return true;
     return channel->head_sent == sizeof channel->head_out && channel->sent == channel->send_bytes &&
            channel->head_received == sizeof channel->head_in &&
            channel->received == channel->recv_bytes;
@@ -342,20 +350,25 @@ failed:
 
 // --- Starting ------------------------------------------------------------------------------------
 
-Status exchange_begin(Exchange *exchange, const ExchangeHeader *head) {
+Status exchange_begin(Exchange *exchange, ExchangeGroup *group, const ExchangeHeader *head) {
     TRY(exchange_check(exchange));
+    exchange->group = group;
     exchange->head = *head;
     exchange->head.magic = MAGIC;
-    exchange->head.sequence = atomic_load(&exchange->sequence) + 1;
+    exchange->head.group = group->number;
+    exchange->head.sequence = ++group->sequence;
     atomic_store(&exchange->kind, (int)head->kind);
     atomic_store(&exchange->sequence, exchange->head.sequence);
     return STATUS_OK;
 }
 
+// Ranks outside the group have nothing begun, so that they can be told of a failure.
 void exchange_prepare(Exchange *exchange, int phase) {
+    const ExchangeGroup *group = exchange->group;
     exchange->take = NULL;
     for (int r = 0; r < exchange->world; r++) {
         Channel *channel = &exchange->channels[r];
+        channel->is_in = false;
         channel->head_out = exchange->head;
         channel->head_out.phase = phase;
         channel->head_sent = channel->head_received = 0;
@@ -366,4 +379,5 @@ void exchange_prepare(Exchange *exchange, int phase) {
         channel->window_begin = channel->window_end = 0;
         channel->send_gone = false;
     }
+    for (int i = 0; i < group->count; i++) exchange->channels[group->ranks[i]].is_in = true;
 }

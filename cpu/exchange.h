@@ -11,6 +11,10 @@
 //
 // A rank that fails tells the others why, where the stream to them stands between two messages:
 // they then name the true culprit, not the one that gave up on it.
+//
+// A collective may be among some of the ranks, a group. All groups use the same connections, one
+// collective at a time, and share their end: what fails or is aborted in one is over in all, and
+// those outside the group are told, too. Ranks in messages and headers are never those in a group.
 #ifndef CPU_EXCHANGE_H
 #define CPU_EXCHANGE_H
 
@@ -29,6 +33,7 @@ typedef enum ExchangeKind {
     EXCHANGE_ALL_GATHER,
     EXCHANGE_BROADCAST,
     EXCHANGE_ALL_TO_ALL,
+    EXCHANGE_SPLIT,
     EXCHANGE_GAVE_UP, // the sender has failed; `root` is the rank it blames, or -1
 } ExchangeKind;
 
@@ -40,12 +45,22 @@ typedef struct ExchangeHeader {
     int64_t sequence;     // of the collective, from 1
     int64_t bytes;        // the operand of one rank; the same on all; 0 in an all-to-all
     int64_t payload;      // bytes that follow
-    int32_t root, phase;
+    int32_t root, group;
+    int64_t phase;
 } ExchangeHeader;
+
+// The ranks that a collective is among, and what they count.
+typedef struct ExchangeGroup {
+    int number;       // 0: of all ranks. Any two ranks have no two groups of the same number
+    int count;        // of ranks
+    int *ranks;       // (count), rising
+    int64_t sequence; // of its newest collective
+} ExchangeGroup;
 
 // With one peer.
 typedef struct Channel {
-    int fd; // -1: this rank itself
+    int fd;     // -1: this rank itself
+    bool is_in; // takes part in the exchange now running
     char name[NET_NAME_MAX];
     ExchangeHeader head_out, head_in;
     size_t head_sent, head_received;
@@ -65,12 +80,14 @@ typedef void (*ExchangeTaker)(void *context);
 typedef struct Exchange {
     int rank, world;
     double timeout_seconds;
-    double waited_seconds; // asleep in poll, so far
-    Channel *channels;     // (world)
-    struct pollfd *polls;  // (world)
-    int *poll_ranks;       // (world) whose entry of `polls` it is
-    ExchangeHeader head;   // of the collective now running
-    ExchangeTaker take;    // or NULL
+    double waited_seconds;      // asleep in poll, so far
+    Channel *channels;          // (world)
+    struct pollfd *polls;       // (world)
+    int *poll_ranks;            // (world) whose entry of `polls` it is
+    int newest_group;           // the highest number so far
+    const ExchangeGroup *group; // of the collective now running
+    ExchangeHeader head;        // likewise
+    ExchangeTaker take;         // or NULL
     void *take_context;
     atomic_bool aborted;
     atomic_int kind; // ExchangeKind and sequence of the newest collective, for other threads
@@ -85,8 +102,10 @@ Status exchange_open(Exchange *exchange, int rank, int world, const int *sockets
                      const char *const *names, double timeout_seconds) NODISCARD;
 void exchange_close(Exchange *exchange); // safe on zeroed memory
 
-// Starts a collective: the next sequence number. Fails with the failure before, if there was one.
-Status exchange_begin(Exchange *exchange, const ExchangeHeader *head) NODISCARD;
+// Starts a collective of the group, which must outlive it: its next sequence number. Fails with the
+// failure before, if there was one.
+Status exchange_begin(Exchange *exchange, ExchangeGroup *group,
+                      const ExchangeHeader *head) NODISCARD;
 // The next exchange of the collective: empty payloads for all, phase `phase`.
 void exchange_prepare(Exchange *exchange, int phase);
 static inline void channel_send(Channel *channel, const void *data, size_t bytes) {

@@ -12,6 +12,12 @@
 // the connection with that peer closes (NCCL itself notices nothing over NVLink); the host, which
 // waits for the stream, then goes on and learns of it from check() or the next collective.
 // Aborting frees NCCL's communicator, so a mutex is held around each of NCCL's calls, all short.
+//
+// Communicators split from one another share that mutex, their peers, and their end: the one that
+// was split from no other, the root, has a list of all, and abort ends all together, since freeing
+// one waits for the device, which waits for the others' kernels. Their streams are independent. A
+// GPU has room for the few blocks of each one's kernels, and the ranks that two communicators have
+// in common start theirs in the same order, so that none keeps another out for ever.
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,20 +34,25 @@ extern "C" {
 
 static_assert(NCCL_UNIQUE_ID_BYTES == CUDA_COMMUNICATOR_ID_BYTES, "the id's size in backend.h");
 
-enum { EVENTS = 64 };
+enum { EVENTS = 64, WHERE_MAX = 160 };
 static const double POLL_SECONDS = 20e-6;
 
 typedef struct NcclCommunicator {
     Communicator base;
     CudaBackend *backend;
-    pthread_mutex_t mutex; // of comm
-    ncclComm_t comm;
+    ncclComm_t comm; // under the root's mutex; NULL before it is made and after it is gone
     cudaStream_t stream;
     cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
-    CommTicket ticket;                // of the last collective; also read by the watchdog's thread
+    CommTicket ticket;                // of the last collective
     const char *name;                 // likewise
-    NetPeers *peers;                  // NULL: nobody tells of a lost one
-    bool aborted;                     // under the mutex
+    struct NcclCommunicator *root;    // itself, or what this came of by splits
+    struct NcclCommunicator *next;    // of the family, the oldest first; under the root's mutex
+    // For the whole family, in the root only:
+    pthread_mutex_t mutex;
+    CommTicket newest; // the last collective's ticket and name; also read by the watchdog's thread
+    const char *newest_name;
+    NetPeers *peers; // NULL: nobody tells of a lost one
+    bool aborted;    // under the mutex
     bool failed;
 } NcclCommunicator;
 
@@ -57,38 +68,46 @@ static double now_seconds(void) {
 
 // --- Errors --------------------------------------------------------------------------------------
 
+// "rank 3 of 8, collective 12 (all_to_all) in a group of 4", by the root's ranks.
+static const char *where(const NcclCommunicator *c, char text[WHERE_MAX]) {
+    char group[48] = "";
+    if (c != c->root) snprintf(group, sizeof group, " in a group of %d", c->base.world);
+    snprintf(text, WHERE_MAX, "rank %d of %d, collective %lld (%s)%s", c->root->base.rank,
+             c->root->base.world, (long long)c->ticket, c->name, group);
+    return text;
+}
+
 // STATUS_COMMUNICATION naming rank, collective and what NCCL says.
 static Status fail(NcclCommunicator *c, ncclResult_t error) {
-    c->failed = true;
-    FAIL(STATUS_COMMUNICATION, "rank %d of %d, collective %lld (%s): NCCL: %s; %s", c->base.rank,
-         c->base.world, (long long)c->ticket, c->name, ncclGetErrorString(error),
+    char here[WHERE_MAX];
+    c->root->failed = true;
+    FAIL(STATUS_COMMUNICATION, "%s: NCCL: %s; %s", where(c, here), ncclGetErrorString(error),
          ncclGetLastError(NULL));
 }
 
 static Status check_peers(NcclCommunicator *c) {
-    const char *lost = net_peers_lost(c->peers);
+    char here[WHERE_MAX];
+    const char *lost = net_peers_lost(c->root->peers);
     if (!lost) return STATUS_OK;
-    c->failed = true;
-    FAIL(STATUS_COMMUNICATION,
-         "rank %d of %d, collective %lld (%s): %s is lost: its connection is "
-         "closed",
-         c->base.rank, c->base.world, (long long)c->ticket, c->name, lost);
+    c->root->failed = true;
+    FAIL(STATUS_COMMUNICATION, "%s: %s is lost: its connection is closed", where(c, here), lost);
 }
 
 // Takes the mutex; gives it back where it fails, since nothing can be asked of NCCL any more.
 static Status lock(NcclCommunicator *c) {
-    pthread_mutex_lock(&c->mutex);
-    if (!c->aborted && !c->failed) return STATUS_OK;
-    const bool aborted = c->aborted;
-    pthread_mutex_unlock(&c->mutex);
-    c->failed = true;
+    NcclCommunicator *root = c->root;
+    char here[WHERE_MAX];
+    pthread_mutex_lock(&root->mutex);
+    if (!root->aborted && !root->failed) return STATUS_OK;
+    const bool aborted = root->aborted;
+    pthread_mutex_unlock(&root->mutex);
+    root->failed = true;
     TRY(check_peers(c));
-    FAIL(STATUS_COMMUNICATION, "rank %d of %d: communication %s in or before collective %lld (%s)",
-         c->base.rank, c->base.world, aborted ? "was aborted" : "has failed", (long long)c->ticket,
-         c->name);
+    FAIL(STATUS_COMMUNICATION, "%s: communication %s in it or before it", where(c, here),
+         aborted ? "was aborted" : "has failed");
 }
 static void unlock(NcclCommunicator *c) {
-    pthread_mutex_unlock(&c->mutex);
+    pthread_mutex_unlock(&c->root->mutex);
 }
 
 // What NCCL is at: ncclSuccess, ncclInProgress or what went wrong.
@@ -102,6 +121,7 @@ static Status ask_state(NcclCommunicator *c, ncclResult_t *state) {
 
 // Until what was asked of NCCL is queued: `result` is what the call returned.
 static Status finish(NcclCommunicator *c, ncclResult_t result) {
+    char here[WHERE_MAX];
     const double deadline = now_seconds() + c->base.timeout_seconds;
     const struct timespec pause = {0, (long)(POLL_SECONDS * 1e9)};
     while (result == ncclInProgress || result == ncclSuccess) {
@@ -109,12 +129,11 @@ static Status finish(NcclCommunicator *c, ncclResult_t result) {
         if (result == ncclSuccess) return STATUS_OK;
         TRY(check_peers(c));
         if (result == ncclInProgress && now_seconds() > deadline) {
-            c->failed = true;
+            c->root->failed = true;
             FAIL(STATUS_COMMUNICATION,
-                 "rank %d of %d, collective %lld (%s): NCCL is not ready after %.0f s; a rank is "
-                 "missing or cannot be reached (docs/cluster.md has what to look at)",
-                 c->base.rank, c->base.world, (long long)c->ticket, c->name,
-                 c->base.timeout_seconds);
+                 "%s: NCCL is not ready after %.0f s; a rank is missing or cannot be reached "
+                 "(docs/cluster.md has what to look at)",
+                 where(c, here), c->base.timeout_seconds);
         }
         if (result == ncclInProgress) nanosleep(&pause, NULL);
     }
@@ -125,8 +144,10 @@ static Status finish(NcclCommunicator *c, ncclResult_t result) {
 
 // Between begin and end is one call of NCCL, under the mutex.
 static Status begin(NcclCommunicator *c, const char *name) {
-    __atomic_store_n(&c->name, name, __ATOMIC_RELAXED);
-    __atomic_store_n(&c->ticket, c->ticket + 1, __ATOMIC_RELEASE);
+    c->name = name;
+    c->ticket++;
+    __atomic_store_n(&c->root->newest_name, name, __ATOMIC_RELAXED);
+    __atomic_store_n(&c->root->newest, c->ticket, __ATOMIC_RELEASE);
     c->backend->current_op = name;
     CUDA_TRY(c->backend, cudaEventRecord(c->before, c->backend->stream));
     CUDA_TRY(c->backend, cudaStreamWaitEvent(c->stream, c->before, 0));
@@ -245,44 +266,75 @@ static Status wait(Communicator *base, CommTicket ticket) {
     return STATUS_OK;
 }
 
+// As one group of NCCL's calls: all kernels are told to end before anything is freed. A split that
+// is under way ends with its parent, which comes before it in the list, and has its `comm` then.
 static void abort_all(Communicator *base) {
-    NcclCommunicator *c = nccl_of(base);
-    pthread_mutex_lock(&c->mutex);
-    if (!c->aborted && c->comm) ncclCommAbort(c->comm);
-    c->aborted = true;
-    pthread_mutex_unlock(&c->mutex);
+    NcclCommunicator *root = nccl_of(base)->root;
+    pthread_mutex_lock(&root->mutex);
+    if (!root->aborted) {
+        root->aborted = true;
+        ncclGroupStart();
+        for (NcclCommunicator *c = root; c; c = c->next)
+            if (c->comm) ncclCommAbort(c->comm);
+        ncclGroupEnd();
+        for (NcclCommunicator *c = root; c; c = c->next) c->comm = NULL;
+    }
+    pthread_mutex_unlock(&root->mutex);
 }
 
 static const char *lost(Communicator *base) {
-    return net_peers_lost(nccl_of(base)->peers);
+    return net_peers_lost(nccl_of(base)->root->peers);
 }
 
 static const char *last(Communicator *base, CommTicket *ticket) {
-    NcclCommunicator *c = nccl_of(base);
-    *ticket = __atomic_load_n(&c->ticket, __ATOMIC_ACQUIRE);
-    return __atomic_load_n(&c->name, __ATOMIC_RELAXED);
+    NcclCommunicator *root = nccl_of(base)->root;
+    *ticket = __atomic_load_n(&root->newest, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(&root->newest_name, __ATOMIC_RELAXED);
 }
 
-// In good order only where nothing has failed: peers may be gone.
+static bool is_well(NcclCommunicator *c) {
+    pthread_mutex_lock(&c->root->mutex);
+    const bool well = c->comm && !c->root->aborted && !c->root->failed;
+    pthread_mutex_unlock(&c->root->mutex);
+    return well;
+}
+
+static Status finalize(NcclCommunicator *c) {
+    TRY(lock(c));
+    const ncclResult_t result = ncclCommFinalize(c->comm);
+    unlock(c);
+    TRY(finish(c, result));
+    TRY(lock(c));
+    ncclCommDestroy(c->comm);
+    c->comm = NULL;
+    unlock(c);
+    return STATUS_OK;
+}
+
+// In good order only where nothing has failed: peers may be gone. Then it leaves the family's list.
 static void disconnect(NcclCommunicator *c) {
-    if (!c->comm || c->aborted) return;
-    if (!c->failed && finish(c, ncclCommFinalize(c->comm)) == STATUS_OK)
-        ncclCommDestroy(c->comm);
-    else
-        ncclCommAbort(c->comm);
+    if (!is_well(c) || finalize(c) != STATUS_OK) abort_all(&c->base);
+    pthread_mutex_lock(&c->root->mutex);
+    for (NcclCommunicator *at = c->root; at; at = at->next)
+        if (at->next == c) at->next = c->next;
+    pthread_mutex_unlock(&c->root->mutex);
 }
 
 static void destroy(Communicator *base) {
     NcclCommunicator *c = nccl_of(base);
     disconnect(c);
-    net_peers_close(c->peers, !c->failed && !c->aborted);
     for (cudaEvent_t event : c->done)
         if (event) cudaEventDestroy(event);
     if (c->before) cudaEventDestroy(c->before);
     if (c->stream) cudaStreamDestroy(c->stream);
-    pthread_mutex_destroy(&c->mutex);
+    if (c == c->root) {
+        net_peers_close(c->peers, !c->failed && !c->aborted);
+        pthread_mutex_destroy(&c->mutex);
+    }
     free(c);
 }
+
+static Status split(Communicator *base, int color, Communicator **out);
 
 static const CommunicatorOps ops = {
     .all_reduce = all_reduce,
@@ -292,6 +344,7 @@ static const CommunicatorOps ops = {
     .all_to_all = all_to_all,
     .wait = wait,
     .check = check,
+    .split = split,
     .abort = abort_all,
     .lost = lost,
     .last = last,
@@ -310,19 +363,23 @@ Status communicator_nccl_id(unsigned char id[CUDA_COMMUNICATOR_ID_BYTES]) {
     return STATUS_OK;
 }
 
-static Status connect(NcclCommunicator *c, const unsigned char *id) {
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    ncclUniqueId unique;
-    config.blocking = 0;
-    memcpy(unique.internal, id, CUDA_COMMUNICATOR_ID_BYTES);
-    CUDA_TRY(c->backend, cudaSetDevice(c->backend->device));
-    // Above the compute stream, so that what others wait for is not behind this rank's own work.
+// Above the compute stream, so that what others wait for is not behind this rank's own work.
+static Status make_stream(NcclCommunicator *c) {
     int least, greatest;
+    CUDA_TRY(c->backend, cudaSetDevice(c->backend->device));
     CUDA_TRY(c->backend, cudaDeviceGetStreamPriorityRange(&least, &greatest));
     CUDA_TRY(c->backend, cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, greatest));
     CUDA_TRY(c->backend, cudaEventCreateWithFlags(&c->before, cudaEventDisableTiming));
     for (cudaEvent_t &event : c->done)
         CUDA_TRY(c->backend, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return STATUS_OK;
+}
+
+static Status connect(NcclCommunicator *c, const unsigned char *id) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    ncclUniqueId unique;
+    config.blocking = 0;
+    memcpy(unique.internal, id, CUDA_COMMUNICATOR_ID_BYTES);
     const ncclResult_t result =
         ncclCommInitRankConfig(&c->comm, c->base.world, unique, c->base.rank, &config);
     if (!c->comm) return fail(c, result);
@@ -331,6 +388,7 @@ static Status connect(NcclCommunicator *c, const unsigned char *id) {
 
 // Sockets are the caller's again where this fails.
 static Status start(NcclCommunicator *c, const unsigned char *id, const CommunicatorLinks *links) {
+    TRY(make_stream(c));
     TRY(connect(c, id));
     if (!links->sockets) return STATUS_OK;
     return net_peers_open(links->world, links->sockets, links->names, &c->peers);
@@ -350,7 +408,8 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
     c->base.world = links->world;
     c->base.timeout_seconds = options->timeout_seconds;
     c->backend = cuda_of(backend);
-    c->name = "none";
+    c->name = c->newest_name = "none";
+    c->root = c;
     pthread_mutex_init(&c->mutex, NULL);
     const Status status = start(c, id, links);
     if (status != STATUS_OK) {
@@ -359,6 +418,48 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
         return status;
     }
     c->backend->shares_sms = links->world > 1;
+    *out = &c->base;
+    return STATUS_OK;
+}
+
+// NCCL names the child only when the parent is ready again, and then makes it ready.
+static Status connect_child(NcclCommunicator *parent, NcclCommunicator *c, int color) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    NcclCommunicator *newest = c->root;
+    CommTicket ticket;
+    config.blocking = 0;
+    TRY(make_stream(c));
+    TRY(begin(parent, "split"));
+    while (newest->next) newest = newest->next;
+    newest->next = c; // an abort ends it, too, from here on
+    TRY(end(parent, ncclCommSplit(parent->comm, color, parent->base.rank, &c->comm, &config),
+            &ticket));
+    if (!c->comm) return fail(parent, ncclInternalError);
+    TRY(finish(c, ncclInProgress));
+    TRY(lock(c));
+    ncclResult_t result = ncclCommCount(c->comm, &c->base.world);
+    if (result == ncclSuccess) result = ncclCommUserRank(c->comm, &c->base.rank);
+    unlock(c);
+    return result == ncclSuccess ? STATUS_OK : fail(c, result);
+}
+
+static Status split(Communicator *base, int color, Communicator **out) {
+    NcclCommunicator *parent = nccl_of(base);
+    *out = NULL;
+    INVARIANT(color >= 0);
+    NcclCommunicator *c = (NcclCommunicator *)calloc(1, sizeof *c);
+    if (!c) FAIL(STATUS_INTERNAL, "out of memory for the communicator");
+    c->base = *base; // the settings; rank and world until they are known
+    c->base.waited_seconds = 0;
+    c->backend = parent->backend;
+    c->name = "none";
+    c->root = parent->root;
+    const Status status = connect_child(parent, c, color);
+    if (status != STATUS_OK) {
+        c->root->failed = true; // NCCL may still be at it, and is stopped by an abort of all
+        destroy(&c->base);
+        return status;
+    }
     *out = &c->base;
     return STATUS_OK;
 }

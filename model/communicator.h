@@ -17,6 +17,11 @@
 //  - A peer that closed, reset, or has not moved a byte for timeout_seconds is
 //    STATUS_COMMUNICATION, naming the rank and the collective. After an error only abort and
 //    destroy may be called.
+//
+// A communicator can be split into groups of its ranks. It, its children, theirs and so on are a
+// family, for which the rules hold as if it were one communicator: a rank makes all its calls from
+// one thread, any two ranks make the calls that concern both in the same order, and a failure or an
+// abort in one ends all. Each has tickets of its own and, on a device, a stream of its own.
 #ifndef MODEL_COMMUNICATOR_H
 #define MODEL_COMMUNICATOR_H
 
@@ -53,14 +58,20 @@ typedef struct CommunicatorOps {
     // Whether anything started so far has failed, or was aborted, without waiting. Like all calls
     // but abort and last, for the one thread that makes the collectives.
     Status (*check)(Communicator *) NODISCARD;
-    // Ends everything in flight on this rank, from any thread: the watchdog's way out of a
-    // collective that will never finish. Calls that wait return STATUS_COMMUNICATION.
+    // A communicator of those ranks of this one that give the same color (>= 0), in the order of
+    // their ranks here; a collective of all ranks here, which takes a ticket. timeout_seconds and
+    // tree are this one's at that time; either may be changed later in one without the other.
+    // Messages name ranks by their numbers in the communicator that was not split from another. To
+    // be destroyed before this one.
+    Status (*split)(Communicator *, int color, Communicator **out) NODISCARD;
+    // Ends everything in flight on this rank, in the whole family, from any thread: the watchdog's
+    // way out of a collective that will never finish. Calls that wait return STATUS_COMMUNICATION.
     void (*abort)(Communicator *);
     // A peer that is known to be gone, by name, or NULL; from any thread, for the watchdog. The
     // function is NULL where collectives find that out by themselves.
     const char *(*lost)(Communicator *);
-    // Name and ticket of the collective that is running or ran last ("none", 0 before the first),
-    // from any thread, for the watchdog.
+    // Name and ticket of the collective that is running or ran last in the family ("none", 0 before
+    // the first), from any thread, for the watchdog.
     const char *(*last)(Communicator *, CommTicket *);
     void (*destroy)(Communicator *);
 } CommunicatorOps;
@@ -70,8 +81,8 @@ struct Communicator {
     int rank, world;
     double timeout_seconds; // may be changed between collectives; counts from the next one on
     bool tree;              // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
-    // How long this rank has waited for others so far, for finding the one that the others wait
-    // for; 0 where the communicator cannot tell.
+    // How long this rank has waited for others so far, here and in what was split from this, for
+    // finding the one that the others wait for; 0 where the communicator cannot tell.
     double waited_seconds;
     // followed by the communicator's own state
 };

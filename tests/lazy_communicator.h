@@ -111,6 +111,14 @@ static Status lazy_broadcast_(Communicator *base, void *values, int64_t count, C
     return c->inner->ops->broadcast(c->inner, values, count, type, root, &inner);
 }
 
+// The groups are not lazy.
+static Status lazy_split_(Communicator *base, int color, Communicator **out) {
+    LazyCommunicator *c = lazy_of_(base);
+    CommTicket ticket;
+    TRY(lazy_flush_(c, &ticket));
+    return c->inner->ops->split(c->inner, color, out);
+}
+
 static Status lazy_check_(Communicator *c) {
     return lazy_of_(c)->inner->ops->check(lazy_of_(c)->inner);
 }
@@ -137,6 +145,7 @@ __attribute__((unused)) static LazyCommunicator *lazy_communicator(Communicator 
                                         .broadcast = lazy_broadcast_,
                                         .wait = lazy_wait_,
                                         .check = lazy_check_,
+                                        .split = lazy_split_,
                                         .abort = lazy_abort_,
                                         .last = lazy_last_,
                                         .destroy = lazy_destroy_};

@@ -10,6 +10,7 @@
 typedef struct ProfileCommunicator {
     Communicator base; // first, so that the Communicator * is a ProfileCommunicator *
     Communicator *inner;
+    bool owns_inner; // it came of a split
     Profile *profile;
 } ProfileCommunicator;
 
@@ -97,8 +98,28 @@ static const char *last(Communicator *base, CommTicket *ticket) {
     return of(base)->inner->ops->last(of(base)->inner, ticket);
 }
 
+static const char *lost(Communicator *base) {
+    Communicator *inner = of(base)->inner;
+    return inner->ops->lost ? inner->ops->lost(inner) : NULL;
+}
+
 static void destroy(Communicator *base) {
+    if (of(base)->owns_inner) communicator_destroy(of(base)->inner);
     free(base);
+}
+
+// What the communicator behind makes, in a profile's communicator.
+static Status split(Communicator *base, int color, Communicator **out) {
+    ProfileCommunicator *c = of(base);
+    Communicator *inner = forward(c), *child;
+    *out = NULL;
+    TRY(inner->ops->split(inner, color, &child));
+    Status status = profile_communicator(c->profile, child, out);
+    if (status == STATUS_OK)
+        of(*out)->owns_inner = true;
+    else
+        communicator_destroy(child);
+    return status;
 }
 
 Status profile_communicator(Profile *profile, Communicator *inner, Communicator **out) {
@@ -109,7 +130,9 @@ Status profile_communicator(Profile *profile, Communicator *inner, Communicator 
                                         .all_to_all = all_to_all,
                                         .wait = wait_for,
                                         .check = check,
+                                        .split = split,
                                         .abort = abort_all,
+                                        .lost = lost,
                                         .last = last,
                                         .destroy = destroy};
     ProfileCommunicator *c = calloc(1, sizeof *c);

@@ -182,14 +182,53 @@ static void check_all_to_all(const Rank *r) {
     r->backend->ops->release(r->backend, to);
 }
 
+static void check_all(const Rank *r) {
+    check_sums(r, COMM_F32, "sums in fp32");
+    check_sums(r, COMM_BF16, "sums in bf16");
+    check_sums(r, COMM_F64, "sums in fp64");
+    check_copies(r);
+    check_all_to_all(r);
+    GPU_OK(r->comm->ops->check(r->comm));
+}
+
+// Every rank of the group gives its rank of all: their sum says whose group it is.
+static void check_members(const Rank *group, double value, double expected) {
+    Communicator *c = group->comm;
+    CommTicket ticket;
+    void *device = NULL;
+    GPU_OK(group->backend->ops->alloc(group->backend, sizeof value, &device));
+    GPU_OK(group->backend->ops->upload(group->backend, device, &value, sizeof value));
+    GPU_OK(c->ops->all_reduce(c, device, 1, COMM_F64, COMM_SUM, &ticket));
+    GPU_OK(c->ops->wait(c, ticket));
+    GPU_OK(group->backend->ops->download(group->backend, &value, device, sizeof value));
+    group->backend->ops->release(group->backend, device);
+    gpu_checks_++;
+    if (value == expected) return;
+    gpu_failures_++;
+    printf("FAIL rank %d of a group of %d: sum %g, expected %g\n", c->rank, c->world, value,
+           expected);
+}
+
+// Into all again (colors = 1) or by rank % 2, with the world's collectives in between.
+static void check_split(const Rank *all, int colors) {
+    const int rank = all->comm->rank, world = all->comm->world;
+    Rank group = {.backend = all->backend};
+    double sum = 0;
+    GPU_OK(all->comm->ops->split(all->comm, rank % colors, &group.comm));
+    for (int r = rank % colors; r < world; r += colors) sum += r;
+    check_members(&group, rank, sum);
+    check_all(&group);
+    check_sums(all, COMM_F32, "sums beside a group");
+    check_members(&group, rank, sum);
+    communicator_destroy(group.comm);
+    check_sums(all, COMM_F32, "sums after a group");
+}
+
 static int collectives(Meeting *meeting, int rank, int world) {
     Rank r = join(meeting, rank, world);
-    check_sums(&r, COMM_F32, "sums in fp32");
-    check_sums(&r, COMM_BF16, "sums in bf16");
-    check_sums(&r, COMM_F64, "sums in fp64");
-    check_copies(&r);
-    check_all_to_all(&r);
-    GPU_OK(r.comm->ops->check(r.comm));
+    check_all(&r);
+    check_split(&r, 1);
+    if (world > 1) check_split(&r, 2);
     leave(&r);
     return gpu_failures_ > 0;
 }
