@@ -98,6 +98,38 @@ START_TEST(recordings_do_not_add_up) {
 }
 END_TEST
 
+// A group that is split from a profile's communicator is a profile's, too.
+START_TEST(groups_of_ranks_are_recorded) {
+    const int no_peer = -1;
+    const CommunicatorLinks alone = {.world = 1, .sockets = &no_peer};
+    const CommunicatorOptions options = {.timeout_seconds = 5};
+    Communicator *inner, *outer, *group;
+    CommTicket ticket;
+    Profile *profile;
+    Backend *backend;
+    double value = 3;
+    ck_assert_ok(backend_cpu(1, &backend));
+    ck_assert_ok(profile_create(backend, &profile));
+    ck_assert_ok(communicator_tcp(&alone, &options, &inner));
+    ck_assert_ok(profile_communicator(profile, inner, &outer));
+    ck_assert_ok(outer->ops->split(outer, 4, &group));
+    ck_assert_int_eq(group->world, 1);
+    ck_assert_ptr_null(group->ops->lost(group)); // nor does the one behind it have that function
+    ck_assert_ok(profile_start(profile, 1));
+    ck_assert_ok(group->ops->all_reduce(group, &value, 1, COMM_F64, COMM_SUM, &ticket));
+    ck_assert_ok(group->ops->wait(group, ticket));
+    ck_assert_ok(profile_stop(profile));
+    ck_assert_int_eq(find_row(profile, "all_reduce")->calls, 1);
+    ck_assert_int_eq(find_row(profile, "wait for ranks")->calls, 1);
+    ck_assert_double_eq(value, 3);
+    communicator_destroy(group);
+    communicator_destroy(outer);
+    communicator_destroy(inner);
+    profile_destroy(profile);
+    backend_destroy(backend);
+}
+END_TEST
+
 // --- Limits --------------------------------------------------------------------------------------
 
 START_TEST(a_profile_has_no_op_that_the_backend_lacks) {
@@ -316,7 +348,8 @@ START_TEST(a_profile_leaves_the_run_alone) {
 END_TEST
 
 TEST_MAIN("profile", TEST(results_are_the_same_bits), TEST(recordings_do_not_add_up),
-          TEST(a_profile_has_no_op_that_the_backend_lacks), TEST(rows_between_orders_are_timed),
+          TEST(groups_of_ranks_are_recorded), TEST(a_profile_has_no_op_that_the_backend_lacks),
+          TEST(rows_between_orders_are_timed),
           TEST(devices_are_known_by_name), TEST(the_nearer_limit_counts),
           TEST(a_profile_names_every_op), TEST(the_program_prints_the_table),
           TEST(a_profile_leaves_the_run_alone))
