@@ -73,6 +73,12 @@ TileGrid tile_grid(int threads, int64_t rows, int64_t columns) {
     return best;
 }
 
+TileGrid tile_grid_most(int threads, int64_t columns) {
+    return (TileGrid){.columns = columns,
+                      .down = (int64_t)threads * ROUNDS_MAX,
+                      .across = divide_up(columns, TILE_COLUMNS_MIN)};
+}
+
 Tile tile_at(const TileGrid *grid, int64_t index) {
     int64_t down = index / grid->across, across = index % grid->across;
     Tile tile;

@@ -36,6 +36,9 @@ typedef struct Tile {
 // Tiles that are large enough for OpenBLAS to run near its peak and, where the output allows, many
 // enough to keep `threads` threads busy.
 TileGrid tile_grid(int threads, int64_t rows, int64_t columns);
+// The most that tile_grid cuts a matrix of any number of rows into: for memory that must not shrink
+// as rows are added, which `across` does.
+TileGrid tile_grid_most(int threads, int64_t columns);
 Tile tile_at(const TileGrid *grid, int64_t index);
 
 #endif

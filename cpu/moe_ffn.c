@@ -39,7 +39,8 @@ static int64_t row_count(const MoeFfnArgs *args) {
 static void expert_grid_layout(const Backend *backend, const MoeFfnArgs *args, int64_t columns,
                                Workspace *workspace, ExpertGrid *out) {
     const TileGrid grid = tile_grid(backend->num_threads, row_count(args), columns);
-    const size_t most = (size_t)(args->num_experts + grid.down);
+    const size_t most =
+        (size_t)(args->num_experts + tile_grid_most(backend->num_threads, columns).down);
     out->columns = columns;
     out->across = grid.across;
     out->pieces = grid.down;
@@ -87,7 +88,8 @@ static void moe_layout(const Backend *backend, const MoeFfnArgs *args, Workspace
     out->rows = workspace_floats(workspace, rows * hidden);
     out->dout = workspace_floats(workspace, rows * hidden);
     out->dgate_up = workspace_floats(workspace, rows * 2 * inner);
-    out->dgate = workspace_floats(workspace, rows * out->inner.across);
+    out->dgate =
+        workspace_floats(workspace, rows * tile_grid_most(backend->num_threads, inner).across);
 }
 
 size_t cpu_moe_ffn_workspace(const Backend *backend, const MoeFfnArgs *args) {

@@ -80,12 +80,28 @@ static void lay_out_routing(Layout *l, const LayerConfig *layer, Routing *routin
     routing->expert_begin = place(l->inside, experts + 1, sizeof(int32_t));
 }
 
+// Received rows, as many as the group can send.
+static void lay_out_received(Layout *l, const LayerConfig *config, ReceivedRows *received) {
+    uint64_t ranks = (uint64_t)l->model->options.expert_ranks, k = (uint64_t)config->top_k * ranks;
+    uint64_t borders = (uint64_t)config->num_experts / ranks + 1;
+    Routing *routing = &received->routing;
+    received->x = rows(l, l->inside, k * (uint64_t)l->model->config.hidden_size);
+    routing->gate = float_rows(l, l->inside, k);
+    routing->slot_of_row = place(l->inside, l->tokens * k, sizeof(int32_t));
+    routing->row_of_slot = place(l->inside, l->tokens * k, sizeof(int32_t));
+    routing->expert_begin = place(l->inside, ranks * borders, sizeof(int32_t));
+}
+
 static void lay_out_mlp(Layout *l, const LayerConfig *config, LayerActivations *layer) {
     const ModelConfig *c = &l->model->config;
     if (config->num_experts > 0) {
         lay_out_routing(l, config, &layer->routing);
-        uint64_t width = 2 * (uint64_t)c->moe_intermediate_size;
-        layer->gate_up = rows(l, l->inside, (uint64_t)config->top_k * width);
+        uint64_t width = 2 * (uint64_t)c->moe_intermediate_size, k = (uint64_t)config->top_k;
+        if (l->model->options.expert_ranks > 1) {
+            lay_out_received(l, config, &layer->received);
+            k *= (uint64_t)l->model->options.expert_ranks;
+        }
+        layer->gate_up = rows(l, l->inside, k * width);
         return;
     }
     layer->gate_up = rows(l, l->inside, 2 * (uint64_t)c->intermediate_size);
@@ -132,12 +148,33 @@ static void lay_out_ends(Layout *l) {
         l->width == sizeof(float) ? (void *)a->logits_f32 : place(&l->shared, logits, l->width);
 }
 
-static void lay_out_gradients(Layout *l) {
-    const ModelConfig *c = &l->model->config;
-    Activations *a = l->a;
+static int largest_top_k(const ModelConfig *c) {
     int top_k = 0;
     for (int i = 0; i < c->num_layers; i++)
         if (c->layers[i].top_k > top_k) top_k = c->layers[i].top_k;
+    return top_k;
+}
+
+static void lay_out_travel(Layout *l) {
+    const ModelConfig *c = &l->model->config;
+    TravelBuffers *travel = &l->a->rows;
+    uint64_t k = (uint64_t)largest_top_k(c), hidden = (uint64_t)c->hidden_size;
+    uint64_t ranks = (uint64_t)l->model->options.expert_ranks;
+    if (ranks <= 1) return;
+    travel->most = (int64_t)(l->tokens * k * ranks);
+    travel->sent = rows(l, &l->shared, k * hidden);
+    travel->sent_floats = float_rows(l, &l->shared, k);
+    travel->out = rows(l, &l->shared, k * ranks * hidden);
+    travel->begin = place(&l->shared, ranks * (uint64_t)(l->a->stride + 1), sizeof(int32_t));
+    if (!l->model->options.training) return;
+    travel->dout = rows(l, &l->shared, k * ranks * hidden);
+    travel->d_gate = float_rows(l, &l->shared, k * ranks);
+}
+
+static void lay_out_gradients(Layout *l) {
+    const ModelConfig *c = &l->model->config;
+    Activations *a = l->a;
+    int top_k = largest_top_k(c);
     a->d_stream = rows(l, &l->shared, (uint64_t)c->hidden_size);
     a->d_normed = rows(l, &l->shared, (uint64_t)c->hidden_size);
     a->d_qkv = rows(l, &l->shared, (uint64_t)config_qkv_size(c));
@@ -170,6 +207,7 @@ static Status lay_out(const Model *model, Activations *a, char *kept, char *shar
 
     lay_out_ends(&l);
     if (o->training) lay_out_gradients(&l);
+    lay_out_travel(&l);
     lay_out_statistics(&l);
     uint64_t start = l.shared.bytes, largest = start;
     for (int i = 0; i < model->config.num_layers; i++) {
@@ -201,7 +239,21 @@ Status activations_create(Model *model) {
     a->host_sums = calloc(activations_sums_count(model), sizeof *a->host_sums);
     if (!a->layers || !a->host_sums)
         FAIL(STATUS_INTERNAL, "out of memory for the activation plan of %d layers", layers);
-    TRY(lay_out(model, a, NULL, NULL));
+    return lay_out(model, a, NULL, NULL);
+}
+
+// What the host keeps of where rows travel.
+static Status allocate_begins(Model *model) {
+    Activations *a = model->activations;
+    const size_t ranks = (size_t)model->options.expert_ranks, most = (size_t)a->rows.most;
+    const size_t borders = ranks * ((size_t)a->stride + 1);
+    const size_t layers = (size_t)model->config.num_layers;
+    if (ranks <= 1) return STATUS_OK;
+    a->host_begins = calloc(layers * borders, sizeof *a->host_begins);
+    a->rows.host_index = calloc(2 * most + ranks * borders, sizeof *a->rows.host_index);
+    if (!a->host_begins || !a->rows.host_index)
+        FAIL(STATUS_INTERNAL, "out of memory for the rows of %zu expert ranks", ranks);
+    for (size_t i = 0; i < layers; i++) a->layers[i].received.begin = a->host_begins + i * borders;
     return STATUS_OK;
 }
 
@@ -212,7 +264,7 @@ Status activations_allocate(Model *model) {
     TRY(backend->ops->alloc(backend, a->shared_bytes, &a->shared));
     if (a->workspace_bytes) TRY(backend->ops->alloc(backend, a->workspace_bytes, &a->workspace));
     TRY(lay_out(model, a, a->kept, a->shared));
-    return STATUS_OK;
+    return allocate_begins(model);
 }
 
 void activations_destroy(Model *model) {
@@ -222,6 +274,8 @@ void activations_destroy(Model *model) {
     if (a->workspace) backend->ops->release(backend, a->workspace);
     if (a->shared) backend->ops->release(backend, a->shared);
     if (a->kept) backend->ops->release(backend, a->kept);
+    free(a->rows.host_index);
+    free(a->host_begins);
     free(a->host_sums);
     free(a->layers);
     free(a);

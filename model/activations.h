@@ -17,6 +17,26 @@
 #include "model/model.h"
 
 // T = tokens of the largest micro-batch, H hidden size, Q width of a packed q|k|v row.
+// What a layer keeps of the rows that this rank's experts have received, at most R of them, where
+// experts are shared out (model/expert_parallel.h).
+typedef struct ReceivedRows {
+    void *x;         // (R, H)
+    Routing routing; // gate (R), slot_of_row (R), row_of_slot (R), expert_begin (ranks, N/E + 1)
+    int32_t *begin;  // (ranks, N + 1) every rank's expert_begin; host memory
+} ReceivedRows;
+
+// And what layers share.
+typedef struct TravelBuffers {
+    int64_t most;        // R
+    void *sent;          // (T*k, H)
+    float *sent_floats;  // (T*k)
+    void *out;           // (R, H) of the experts, or their dx
+    void *dout;          // (R, H)
+    float *d_gate;       // (R)
+    int32_t *begin;      // (ranks, N + 1)
+    int32_t *host_index; // (2R + ranks (N/E + 1)) host memory, to make a routing in
+} TravelBuffers;
+
 typedef struct LayerActivations {
     void *input;          // (T, H) residual stream that enters the layer
     float *input_inv_rms; // (T)
@@ -29,9 +49,10 @@ typedef struct LayerActivations {
     void *middle;         // (T, H) residual stream after attention: h_l of METHOD.md
     float *middle_inv_rms;
     void *middle_normed; // (T, H) what the MLP reads
-    void *gate_up;       // (T, 2I), or (T*k, 2I) grouped by expert
+    void *gate_up;       // (T, 2I), or (T*k, 2I) grouped by expert, or (R, 2I) of received rows
     void *activation;    // (T, I) of dense layers, or NULL: recomputed
     Routing routing;     // MoE layers
+    ReceivedRows received;
 } LayerActivations;
 
 typedef struct Activations {
@@ -54,6 +75,8 @@ typedef struct Activations {
     void *d_qkv;       // (T, Q)
     void *d_attention; // (T, heads * head_dim)
     float *d_gate;     // (T, largest k)
+    TravelBuffers rows;
+    int32_t *host_begins; // of all layers' received.begin
 
     int stride;            // largest expert count of any layer, at least 1
     double *sums;          // (activations_sums_count())

@@ -3,6 +3,7 @@
 // d_stream is the gradient of the residual stream at the point reached so far. A branch's gradient
 // is the stream's own, so each half of a layer sends d_stream back through its branch into
 // d_normed, and the norm's backward adds the result to d_stream (op_args.c).
+#include "model/expert_parallel.h"
 #include "model/forward.h"
 #include "model/replay.h"
 
@@ -25,7 +26,10 @@ static Status backward_mlp(const Pass *p, int layer) {
     if (config_layer_is_moe(&p->model->config, layer)) {
         MoeFfnArgs moe = args_moe_ffn(p, layer);
         RouteArgs route = args_route(p, layer);
-        TRY(ops->moe_ffn_backward(backend, &moe));
+        if (p->model->experts)
+            TRY(expert_parallel_backward(p, layer));
+        else
+            TRY(ops->moe_ffn_backward(backend, &moe));
         TRY(ops->route_backward(backend, &route));
     } else {
         FfnArgs ffn = args_ffn(p, layer);

@@ -1,5 +1,6 @@
 // Forward: one walk over the layers for every family and layer kind.
 #include "model/forward.h"
+#include "model/expert_parallel.h"
 
 // --- One layer -----------------------------------------------------------------------------------
 
@@ -27,13 +28,14 @@ static Status forward_mlp(const Pass *p, int layer, bool again) {
         return STATUS_OK;
     }
     RouteArgs route = args_route(p, layer);
-    MoeFfnArgs moe = args_moe_ffn(p, layer);
-    if (again) moe.out = NULL;
     TRY(ops->route_forward(backend, &route));
     if (p->statistics && !again) {
         RouterLossArgs loss = args_router_loss(p, layer);
         TRY(ops->router_loss(backend, &loss));
     }
+    if (p->model->experts) return expert_parallel_forward(p, layer, again);
+    MoeFfnArgs moe = args_moe_ffn(p, layer);
+    if (again) moe.out = NULL;
     TRY(ops->moe_ffn_forward(backend, &moe));
     return STATUS_OK;
 }
@@ -77,13 +79,6 @@ Status forward_needs(const Pass *p, int64_t end) {
     return STATUS_OK;
 }
 
-// Where the matrices of a layer end.
-static int64_t layer_end(const Model *model, int layer) {
-    const TensorTable *table = &model->table;
-    if (layer + 1 < table->num_layers) return table->layers[layer + 1].qkv_weight;
-    return table->lm_head != table->embed ? table->lm_head : table->vectors_begin;
-}
-
 Status forward_layers(const Pass *p) {
     Model *model = p->model;
     Backend *backend = model->backend;
@@ -91,7 +86,7 @@ Status forward_layers(const Pass *p) {
     TRY(forward_needs(p, model->table.layers[0].qkv_weight));
     TRY(backend->ops->embed_forward(backend, &embed));
     for (int layer = 0; layer < model->config.num_layers; layer++) {
-        TRY(forward_needs(p, layer_end(model, layer)));
+        TRY(forward_needs(p, tensor_table_layer_end(&model->table, layer)));
         TRY(forward_layer(p, layer));
     }
     RmsNormArgs output = args_output_norm(p);

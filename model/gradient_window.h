@@ -20,7 +20,7 @@ typedef struct GradientWindow {
     int64_t body;  // elements before the routers
 } GradientWindow;
 
-// The window for a table whose sections are aligned (tensor_table_build_sections).
+// The window for a table whose sections are aligned (TableLayout.section).
 GradientWindow gradient_window(const TensorTable *table);
 // Byte offset of the gradient of element `offset` of the arenas, and of the end for table->total.
 // `window` may be one without layers.

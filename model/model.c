@@ -13,8 +13,16 @@
 // --- Planning ------------------------------------------------------------------------------------
 
 // Assignments are numbered in int32 (Routing), so tokens times top_k must fit.
+// With shared-out experts a rank may receive the rows of all.
 static Status check_options(const ModelConfig *config, const ModelOptions *o) {
+    const int group = o->expert_ranks > 1 ? o->expert_ranks : 1;
     int64_t top_k = 1, tokens;
+    if (group > MODEL_EXPERT_RANKS_MAX)
+        FAIL(STATUS_USAGE, "parallel.expert = %d: expected at most %d", group,
+             MODEL_EXPERT_RANKS_MAX);
+    if (group > 1 && !config_has_moe(config))
+        FAIL(STATUS_USAGE, "parallel.expert = %d, but the model has no experts; set it to 1",
+             group);
     for (int i = 0; i < config->num_layers; i++)
         if (config->layers[i].top_k > top_k) top_k = config->layers[i].top_k;
     if (o->micro_batch < 1 || o->sequence_length < 1) {
@@ -22,19 +30,22 @@ static Status check_options(const ModelConfig *config, const ModelOptions *o) {
              (long long)o->micro_batch, (long long)o->sequence_length);
     }
     if (__builtin_mul_overflow(o->micro_batch, o->sequence_length, &tokens) ||
-        tokens > INT32_MAX / top_k) {
+        tokens > INT32_MAX / (top_k * group)) {
         FAIL(STATUS_USAGE,
-             "micro_batch %lld x sequence_length %lld x top_k %lld is more than 2^31 - 1; use a "
-             "smaller micro_batch",
-             (long long)o->micro_batch, (long long)o->sequence_length, (long long)top_k);
+             "micro_batch %lld x sequence_length %lld x top_k %lld x expert ranks %d is more than "
+             "2^31 - 1; use a smaller micro_batch",
+             (long long)o->micro_batch, (long long)o->sequence_length, (long long)top_k, group);
     }
     return STATUS_OK;
 }
 
 Status model_table(const ModelConfig *config, const ModelOptions *options, TensorTable *out) {
     const int ranks = options->ranks > 1 ? options->ranks : 1;
-    int64_t section = options->share_gradients ? (int64_t)ranks * TENSOR_ALIGN : TENSOR_ALIGN;
-    TRY(tensor_table_build_sections(config, section, out));
+    const bool by_section = options->share_gradients || options->expert_ranks > 1;
+    const TableLayout layout = {.section = (by_section ? ranks : 1) * (int64_t)TENSOR_ALIGN,
+                                .expert_ranks = options->expert_ranks,
+                                .expert_rank = options->expert_rank};
+    TRY(tensor_table_build_layout(config, &layout, out));
     Status status = tensor_table_pad(out, ranks);
     if (status != STATUS_OK) tensor_table_free(out);
     return status;

@@ -14,6 +14,7 @@
 #include "base/memory_plan.h"
 #include "base/status.h"
 #include "model/backend.h"
+#include "model/communicator.h"
 #include "model/config.h"
 #include "model/gradient_window.h"
 #include "model/source.h"
@@ -34,7 +35,12 @@ typedef struct ModelOptions {
     int64_t loss_chunk_tokens; // rows of logits at once; 0 = the backend's choice
     int ranks; // that share the arenas in equal parts (tensor_table_pad); 0 and 1: just this one
     bool share_gradients; // no rank keeps them all: model/gradient_window.h
+    // Rank expert_rank of expert_ranks that share the experts of each layer (TableLayout); 0 and
+    // 1: just this one. Set Model.experts before the first pass then.
+    int expert_ranks, expert_rank;
 } ModelOptions;
+
+enum { MODEL_EXPERT_RANKS_MAX = 64 };
 
 // Weights of the training objective for one micro-batch (METHOD.md §5).
 typedef struct LossWeights {
@@ -100,6 +106,7 @@ typedef struct Model {
     struct Activations *activations; // model/activations.h
     struct Replay *replay;           // model/replay.h; NULL when not training
     const ModelHooks *hooks;         // of the next model_forward_backward; NULL = none
+    Communicator *experts; // of the ranks that share the experts, not owned; NULL: none do
 } Model;
 
 // Adds exactly what model_create allocates, without allocating it: "parameters", "master weights"

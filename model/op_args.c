@@ -267,6 +267,34 @@ MoeFfnArgs args_moe_ffn(const Pass *p, int layer) {
     };
 }
 
+// Rows of a matrix (R, width) of the compute dtype.
+static void *rows_from(const Model *m, const void *matrix, int64_t row, int64_t width) {
+    const int64_t element = (int64_t)dtype_bytes(m->backend->compute_dtype);
+    return matrix ? (char *)matrix + row * width * element : NULL;
+}
+
+MoeFfnArgs args_received(const Pass *p, int layer, int64_t begin, int64_t rows, int call) {
+    const Model *m = p->model;
+    const TravelBuffers *travel = &m->activations->rows;
+    const ReceivedRows *received = &m->activations->layers[layer].received;
+    MoeFfnArgs args = args_moe_ffn(p, layer);
+    args.tokens = rows;
+    args.num_experts /= m->options.expert_ranks;
+    args.top_k = 1;
+    args.x = rows_from(m, received->x, begin, args.hidden_size);
+    args.gate_up = rows_from(m, args.gate_up, begin, 2 * (int64_t)args.intermediate_size);
+    args.out = args.dx = rows_from(m, travel->out, begin, args.hidden_size);
+    args.dout = rows_from(m, travel->dout, begin, args.hidden_size);
+    args.dgate = travel->d_gate ? travel->d_gate + begin : NULL;
+    args.routing = (Routing){0};
+    if (!received->routing.gate) return args; // planning
+    args.routing.gate = received->routing.gate + begin;
+    args.routing.slot_of_row = received->routing.slot_of_row + begin;
+    args.routing.row_of_slot = received->routing.row_of_slot + begin;
+    args.routing.expert_begin = received->routing.expert_begin + call * (args.num_experts + 1);
+    return args;
+}
+
 // --- The end -------------------------------------------------------------------------------------
 
 // With weights, the same call makes the gradients: d_normed is that of the output norm's rows, and
@@ -338,7 +366,9 @@ static void need_layer(Need *n, const Pass *p, int layer) {
     }
     RouteArgs route = args_route(p, layer);
     RouterLossArgs loss = args_router_loss(p, layer);
-    MoeFfnArgs moe = args_moe_ffn(p, layer);
+    const int group = p->model->options.expert_ranks;
+    const int64_t most = p->tokens * route.top_k * group;
+    MoeFfnArgs moe = group > 1 ? args_received(p, layer, 0, most, 0) : args_moe_ffn(p, layer);
     need(n, OP_ROUTE, &route);
     need(n, OP_ROUTER_LOSS, &loss);
     need(n, OP_MOE_FFN, &moe);

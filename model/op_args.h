@@ -28,6 +28,9 @@ FfnArgs args_ffn(const Pass *p, int layer);
 RouteArgs args_route(const Pass *p, int layer);
 RouterLossArgs args_router_loss(const Pass *p, int layer);
 MoeFfnArgs args_moe_ffn(const Pass *p, int layer);
+// The same over received rows [begin, begin + rows) of this rank's experts, whose routing is number
+// `call` of the layer's (model/expert_parallel.c).
+MoeFfnArgs args_received(const Pass *p, int layer, int64_t begin, int64_t rows, int call);
 RmsNormArgs args_output_norm(const Pass *p);
 LinearCrossEntropyArgs args_loss(const Pass *p);
 // Rows [first, first + rows) of the logits into the logits buffer.

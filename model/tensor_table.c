@@ -19,7 +19,6 @@ static const int64_t MAX_ELEMENTS = INT64_C(1) << 50;
 typedef struct Builder {
     TensorTable *table;
     bool counting;   // only count tensors
-    int64_t section; // alignment of sections
     int64_t end;     // elements so far, gaps included
     int64_t skipped; // parameters of experts that one token does not use
     bool overflow;
@@ -34,8 +33,13 @@ static int64_t begin_group(Builder *b) {
 }
 
 static int64_t begin_section(Builder *b) {
-    b->end = (int64_t)round_up((uint64_t)b->end, (uint64_t)b->section);
+    b->end = (int64_t)round_up((uint64_t)b->end, (uint64_t)b->table->layout.section);
     return b->end;
+}
+
+static void count_parameters(Builder *b, int64_t count) {
+    if (count > MAX_ELEMENTS - b->table->parameters) b->overflow = true;
+    if (!b->overflow) b->table->parameters += count;
 }
 
 static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const char *format, ...)
@@ -50,6 +54,7 @@ static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const 
     // config_validate bounds every dimension by 2^24, so one tensor always fits.
     tensor.count = rows * (columns ? columns : 1);
     tensor.offset = b->end;
+    count_parameters(b, tensor.count);
     if (tensor.count > MAX_ELEMENTS - b->end) b->overflow = true;
     if (b->overflow) return;
     b->end += tensor.count;
@@ -61,7 +66,6 @@ static void add(Builder *b, Tensor tensor, int64_t rows, int64_t columns, const 
         table->tensors[table->count] = tensor;
     }
     table->count++;
-    table->parameters += tensor.count;
 }
 
 // --- The walk ------------------------------------------------------------------------------------
@@ -92,20 +96,23 @@ static void add_dense(Builder *b, const ModelConfig *c, int layer, LayerOffsets 
 }
 
 static void add_experts(Builder *b, const ModelConfig *c, int layer, LayerOffsets *at) {
-    int experts = c->layers[layer].num_experts;
+    const TableLayout *layout = &b->table->layout;
+    int experts = c->layers[layer].num_experts, ranks = layout->expert_ranks;
+    int first = layout->expert_rank * (experts / ranks), end = first + experts / ranks;
     int64_t hidden = c->hidden_size, width = c->moe_intermediate_size;
-    at->gate_up = begin_group(b);
-    for (int e = 0; e < experts; e++) {
+    at->gate_up = ranks > 1 ? begin_section(b) : begin_group(b);
+    for (int e = first; e < end; e++) {
         const Tensor gate = {.role = ROLE_GATE, .layer = layer, .expert = e};
         const Tensor up = {.role = ROLE_UP, .layer = layer, .expert = e};
         add(b, gate, width, hidden, "model.layers.%d.mlp.experts.%d.gate_proj.weight", layer, e);
         add(b, up, width, hidden, "model.layers.%d.mlp.experts.%d.up_proj.weight", layer, e);
     }
     at->down = begin_group(b);
-    for (int e = 0; e < experts; e++) {
+    for (int e = first; e < end; e++) {
         const Tensor down = {.role = ROLE_DOWN, .layer = layer, .expert = e};
         add(b, down, hidden, width, "model.layers.%d.mlp.experts.%d.down_proj.weight", layer, e);
     }
+    for (int e = end - first; e < experts; e++) count_parameters(b, 3 * hidden * width);
     if (!b->overflow) b->skipped += (experts - c->layers[layer].top_k) * 3 * hidden * width;
 }
 
@@ -180,8 +187,8 @@ static int compare_names(const void *a, const void *b) {
     return strcmp((*(const Tensor *const *)a)->name, (*(const Tensor *const *)b)->name);
 }
 
-static Status fill(const ModelConfig *config, int64_t section, TensorTable *out) {
-    Builder counter = {.table = out, .counting = true, .section = section};
+static Status fill(const ModelConfig *config, TensorTable *out) {
+    Builder counter = {.table = out, .counting = true};
     walk(&counter, config);
     if (counter.overflow)
         FAIL(STATUS_BAD_DATA, "the model has more than 2^50 parameters, expected fewer");
@@ -193,7 +200,7 @@ static Status fill(const ModelConfig *config, int64_t section, TensorTable *out)
 
     out->count = 0;
     out->parameters = 0;
-    Builder builder = {.table = out, .section = section};
+    Builder builder = {.table = out};
     walk(&builder, config);
     INVARIANT(out->count == count);
     out->active_parameters = out->parameters - builder.skipped;
@@ -202,19 +209,45 @@ static Status fill(const ModelConfig *config, int64_t section, TensorTable *out)
     return STATUS_OK;
 }
 
-Status tensor_table_build(const ModelConfig *config, TensorTable *out) {
-    return tensor_table_build_sections(config, TENSOR_ALIGN, out);
+static Status check_expert_ranks(const ModelConfig *config, int ranks) {
+    for (int l = 0; l < config->num_layers; l++) {
+        const int experts = config->layers[l].num_experts;
+        if (experts % ranks != 0)
+            FAIL(STATUS_USAGE,
+                 "parallel.expert = %d does not divide the %d experts of layer %d; set a divisor "
+                 "of %d",
+                 ranks, experts, l, experts);
+    }
+    return STATUS_OK;
 }
 
-Status tensor_table_build_sections(const ModelConfig *config, int64_t section, TensorTable *out) {
-    INVARIANT(section > 0 && section % TENSOR_ALIGN == 0);
+static void sum_expert_elements(TensorTable *table) {
+    for (int l = 0; l < table->num_layers; l++)
+        if (tensor_table_shares_experts(table, l))
+            table->expert_elements += tensor_table_layer_end(table, l) - table->layers[l].gate_up;
+}
+
+Status tensor_table_build(const ModelConfig *config, TensorTable *out) {
+    return tensor_table_build_layout(config, &(TableLayout){0}, out);
+}
+
+Status tensor_table_build_layout(const ModelConfig *config, const TableLayout *layout,
+                                 TensorTable *out) {
     memset(out, 0, sizeof *out);
+    out->layout = *layout;
+    if (layout->section == 0) out->layout.section = TENSOR_ALIGN;
+    if (layout->expert_ranks == 0) out->layout.expert_ranks = 1;
+    INVARIANT(out->layout.section > 0 && out->layout.section % TENSOR_ALIGN == 0);
+    TRY(check_expert_ranks(config, out->layout.expert_ranks));
     out->num_layers = config->num_layers;
     out->layers = malloc((size_t)config->num_layers * sizeof *out->layers);
     if (!out->layers)
         FAIL(STATUS_INTERNAL, "out of memory for the offsets of %d layers", config->num_layers);
-    Status status = fill(config, section, out);
-    if (status != STATUS_OK) tensor_table_free(out);
+    Status status = fill(config, out);
+    if (status != STATUS_OK)
+        tensor_table_free(out);
+    else
+        sum_expert_elements(out);
     return status;
 }
 
@@ -241,6 +274,15 @@ void tensor_table_free(TensorTable *table) {
     free(table->tensors);
     free(table->layers);
     memset(table, 0, sizeof *table);
+}
+
+int64_t tensor_table_layer_end(const TensorTable *table, int layer) {
+    if (layer + 1 < table->num_layers) return table->layers[layer + 1].qkv_weight;
+    return table->lm_head != table->embed ? table->lm_head : table->vectors_begin;
+}
+
+bool tensor_table_shares_experts(const TensorTable *table, int layer) {
+    return table->layout.expert_ranks > 1 && table->layers[layer].router >= 0;
 }
 
 static int compare_key(const void *name, const void *entry) {

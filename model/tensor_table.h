@@ -11,6 +11,9 @@
 // which leaves one short range to zero, and because the optimizer then makes few calls. Each packed
 // group starts at a multiple of TENSOR_ALIGN elements.
 // The arenas (parameters, gradients, m, v) share these element offsets; gaps hold zeros for ever.
+//
+// Where ranks share the experts of a layer (TableLayout.expert_ranks), a rank's table lists those
+// that it has, under the names that they have in the whole model.
 #ifndef MODEL_TENSOR_TABLE_H
 #define MODEL_TENSOR_TABLE_H
 
@@ -53,7 +56,18 @@ typedef struct LayerOffsets {
     int64_t router;        // (N, H) fp32
 } LayerOffsets;
 
+// How the table of a rank differs from that of the whole model on its own. Zeros: it does not.
+typedef struct TableLayout {
+    // The sections of the arenas - embedding, each layer's matrices, LM head, vectors; with
+    // expert_ranks also the experts of a layer - begin at multiples of so many elements, itself a
+    // multiple of TENSOR_ALIGN, so that each section can be cut by itself. 0: TENSOR_ALIGN.
+    int64_t section;
+    // Rank r of so many has experts [r N/E, (r + 1) N/E) of each MoE layer. 0 and 1: all.
+    int expert_ranks, expert_rank;
+} TableLayout;
+
 typedef struct TensorTable {
+    TableLayout layout;
     Tensor *tensors;
     int count;
     const Tensor **by_name; // (count) the same tensors, sorted by name
@@ -63,22 +77,25 @@ typedef struct TensorTable {
     int64_t vectors_begin;              // first element behind the matrices
     int64_t total;                      // elements of an arena, gaps included
     int64_t router_begin;               // first element of the fp32 tail; multiple of TENSOR_ALIGN
-    int64_t parameters;                 // without gaps
+    int64_t expert_elements;            // of sections that hold shared-out experts, gaps included
+    int64_t parameters;                 // of the whole model, without gaps
     int64_t active_parameters; // per token: experts counted top_k times; embedding counted once
 } TensorTable;
 
 // `config` has passed config_validate. Fails on more elements than can be addressed, or no memory.
 Status tensor_table_build(const ModelConfig *config, TensorTable *out) NODISCARD;
-// The same, but the sections of the arenas - embedding, each layer's matrices, LM head, vectors -
-// begin at multiples of `section` elements, itself a multiple of TENSOR_ALIGN, so that each section
-// can be cut by itself.
-Status tensor_table_build_sections(const ModelConfig *config, int64_t section,
-                                   TensorTable *out) NODISCARD;
+// STATUS_USAGE where expert_ranks does not divide the experts of every MoE layer.
+Status tensor_table_build_layout(const ModelConfig *config, const TableLayout *layout,
+                                 TensorTable *out) NODISCARD;
 void tensor_table_free(TensorTable *table);
 // Lengthens the gaps at the end of the body (before router_begin) and at the end of the arena, so
 // that both divide into `ranks` parts of a multiple of TENSOR_ALIGN elements. With 1, which changes
 // nothing, and with more the tensors, their names and their order stay what they are.
 Status tensor_table_pad(TensorTable *table, int ranks) NODISCARD;
+// Where the matrices of a layer end: where the next section begins.
+int64_t tensor_table_layer_end(const TensorTable *table, int layer);
+// Whether the experts of this layer are shared out, and their section begins at its gate_up.
+bool tensor_table_shares_experts(const TensorTable *table, int layer);
 const Tensor *tensor_table_find(const TensorTable *table, const char *name); // NULL if absent
 
 // Byte offset of element `offset` in the working-copy arena, whose body has `compute` dtype and

@@ -13,7 +13,7 @@
 
 Status optimizer_plan(const TensorTable *table, const OptimizerOptions *options, DType compute,
                       int ranks, MemoryPlan *plan) {
-    const uint64_t owned = (uint64_t)(table->total / ranks);
+    const uint64_t owned = (uint64_t)partition_owned(table, ranks);
     if (ranks > 1 && compute != DTYPE_F32)
         TRY(memory_plan_add(plan, "master weights", owned * sizeof(float)));
     return memory_plan_add(plan, "optimizer state", 2 * owned * dtype_bytes(options->state_dtype));
@@ -57,8 +57,7 @@ static Status build_runs(Optimizer *optimizer) {
     for (int i = 0; i < table->count; i++) sorted[i] = &table->tensors[i];
     qsort(sorted, (size_t)table->count, sizeof *sorted, by_offset);
     for (int bucket = 0, i = 0; bucket < partition->count; bucket++) {
-        const Bucket *b = &partition->buckets[bucket];
-        const int64_t end = b->begin + partition->world * b->part;
+        const int64_t end = partition_end(partition, bucket);
         while (i < table->count && sorted[i]->offset < end)
             add_to_runs(optimizer, sorted[i++], bucket);
         // A tensor may go on in the next bucket.

@@ -20,7 +20,11 @@
 //
 // Where ranks share gradients, too, no bucket reaches from one section into the next, because their
 // gradients do not lie side by side (model/gradient_window.h): each section is cut by itself, its
-// table is padded for it (tensor_table_build_sections).
+// table is padded for it (TableLayout.section).
+//
+// Where groups of E ranks share the experts of each layer (TableLayout.expert_ranks), what a rank
+// has of them is shared only with those W/E that have the same: those with the same rank modulo E.
+// The experts of a layer are a section, and its buckets have W/E parts.
 //
 // With one rank there are two buckets, the body and the routers, and it owns both.
 #ifndef OPTIM_PARTITION_H
@@ -31,15 +35,17 @@
 #include "base/status.h"
 #include "model/tensor_table.h"
 
-// Elements [begin, begin + world * part) of the arenas.
+// Elements [begin, partition_end) of the arenas.
 typedef struct Bucket {
     int64_t begin, part;
     int64_t state; // where this rank's part lies among all that it owns
+    bool experts;  // shared with the ranks that have the same experts only
 } Bucket;
 
 typedef struct Partition {
     int rank, world;
-    Bucket *buckets; // by rising begin; they tile the arena
+    int expert_ranks; // of a group that shares experts; 1: all ranks have all
+    Bucket *buckets;  // by rising begin; they tile the arena
     int count;
     int vectors;   // the bucket that holds the vectors, maybe with the end of the matrices; it is
                    // the last one in the body
@@ -47,12 +53,15 @@ typedef struct Partition {
 } Partition;
 
 // `table` has been padded for `world` ranks (tensor_table_pad), and each section of it when they
-// are to be cut `by_section`. A bucket has at most `bucket_elements` elements, or as few as divide
-// where that is less than one part's alignment.
+// are to be cut `by_section`, as they must be where experts are shared out. A bucket has at most
+// `bucket_elements` elements, or as few as divide where that is less than one part's alignment.
 Status partition_create(const TensorTable *table, int rank, int world, int64_t bucket_elements,
                         bool by_section, Partition *out) NODISCARD;
 void partition_free(Partition *partition);
 
+// How many elements a rank owns of such a table.
+int64_t partition_owned(const TensorTable *table, int world);
+int64_t partition_end(const Partition *partition, int bucket);
 // First element that this rank owns of a bucket; it owns bucket->part of them.
 int64_t partition_begin(const Partition *partition, int bucket);
 // The nth bucket that the backward pass finishes, n = 0 .. count-1.

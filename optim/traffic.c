@@ -15,6 +15,17 @@ static CommType type_of(const Traffic *traffic, int bucket, DType body) {
     return tail || body == DTYPE_F32 ? COMM_F32 : COMM_BF16;
 }
 
+static Communicator *communicator_of(const Traffic *traffic, int bucket) {
+    return traffic->partition.buckets[bucket].experts ? traffic->replicas : traffic->communicator;
+}
+
+static void remember(Traffic *traffic, int bucket, CommTicket ticket) {
+    if (traffic->partition.buckets[bucket].experts)
+        traffic->last_replicas = ticket;
+    else
+        traffic->last = ticket;
+}
+
 static char *gradients(const Traffic *traffic, int bucket) {
     const Model *model = traffic->model;
     return (char *)model->grads +
@@ -22,11 +33,11 @@ static char *gradients(const Traffic *traffic, int bucket) {
 }
 
 static Status start_reduce(Traffic *traffic, int bucket) {
-    Communicator *comm = traffic->communicator;
+    Communicator *comm = communicator_of(traffic, bucket);
     TRY(comm->ops->reduce_scatter(
         comm, gradients(traffic, bucket), traffic->partition.buckets[bucket].part,
         type_of(traffic, bucket, traffic->model->backend->grad_dtype), &traffic->sent[bucket]));
-    traffic->last = traffic->sent[bucket];
+    remember(traffic, bucket, traffic->sent[bucket]);
     return STATUS_OK;
 }
 
@@ -80,7 +91,7 @@ static Status on_gradients(void *context, int64_t from) {
 }
 
 static Status wait_bucket(Traffic *traffic, int bucket) {
-    Communicator *comm = traffic->communicator;
+    Communicator *comm = communicator_of(traffic, bucket);
     if (traffic->gathered[bucket] < 0) return STATUS_OK;
     TRY(comm->ops->wait(comm, traffic->gathered[bucket]));
     traffic->gathered[bucket] = -1;
@@ -110,26 +121,27 @@ const ModelHooks *traffic_hooks(Traffic *traffic, bool first, bool last) {
 }
 
 Status traffic_reduce(Traffic *traffic) {
-    Communicator *comm = traffic->communicator;
+    Communicator *comm = traffic->communicator, *replicas = traffic->replicas;
     TRY(reduce_from(traffic, 0));
     if (traffic->sums)
         TRY(collect_from(traffic, 0));
     else
         TRY(comm->ops->wait(comm, traffic->last));
+    if (replicas) TRY(replicas->ops->wait(replicas, traffic->last_replicas));
     traffic->reduced = traffic->collected = 0;
     traffic->first = false;
     return STATUS_OK;
 }
 
 Status traffic_gather(Traffic *traffic, int bucket) {
-    Communicator *comm = traffic->communicator;
+    Communicator *comm = communicator_of(traffic, bucket);
     DType dtype = traffic->model->backend->compute_dtype;
     const int64_t begin = traffic->partition.buckets[bucket].begin;
     char *weights = (char *)traffic->model->params +
                     tensor_table_copy_bytes(&traffic->model->table, dtype, begin);
     TRY(comm->ops->all_gather(comm, weights, traffic->partition.buckets[bucket].part,
                               type_of(traffic, bucket, dtype), &traffic->gathered[bucket]));
-    traffic->last = traffic->gathered[bucket];
+    remember(traffic, bucket, traffic->gathered[bucket]);
     return STATUS_OK;
 }
 
@@ -142,7 +154,7 @@ Status traffic_settle(Traffic *traffic) {
 Status traffic_plan(const TensorTable *table, const ModelOptions *options, MemoryPlan *plan) {
     if (!options->share_gradients) return STATUS_OK;
     return memory_plan_add(plan, "gradient sums",
-                           (uint64_t)(table->total / options->ranks) * sizeof(float));
+                           (uint64_t)partition_owned(table, options->ranks) * sizeof(float));
 }
 
 static Status allocate(Traffic *traffic) {
@@ -162,17 +174,19 @@ static Status allocate(Traffic *traffic) {
                                (void **)&traffic->sums);
 }
 
-Status traffic_create(Communicator *communicator, Model *model, int64_t bucket_bytes,
-                      Traffic **out) {
+Status traffic_create(Communicator *communicator, Communicator *replicas, Model *model,
+                      int64_t bucket_bytes, Traffic **out) {
     Status status = STATUS_OK;
     int64_t elements = bucket_bytes / (int64_t)dtype_bytes(model->backend->grad_dtype);
     Traffic *traffic = calloc(1, sizeof *traffic);
     if (!traffic) FAIL(STATUS_INTERNAL, "out of memory for the traffic of buckets");
     traffic->communicator = communicator;
+    traffic->replicas = replicas;
     traffic->model = model;
+    bool by_section = model->options.share_gradients || model->table.layout.expert_ranks > 1;
+    INVARIANT(!model->options.share_gradients || !replicas);
     TRY_GOTO(partition_create(&model->table, communicator->rank, communicator->world,
-                              elements > 0 ? elements : 1, model->options.share_gradients,
-                              &traffic->partition),
+                              elements > 0 ? elements : 1, by_section, &traffic->partition),
              fail);
     TRY_GOTO(allocate(traffic), fail);
     *out = traffic;

@@ -15,6 +15,9 @@
 // with hooks and traffic_reduce: what a rank owns of a bucket is added to its fp32 sums as soon as
 // it is there, and the model's memory is free for the next layer. traffic_reduce ends each
 // micro-batch.
+//
+// The buckets of shared-out experts (TableLayout.expert_ranks) travel between the ranks that have
+// the same experts, all others between all ranks.
 #ifndef OPTIM_TRAFFIC_H
 #define OPTIM_TRAFFIC_H
 
@@ -23,13 +26,15 @@
 #include "optim/partition.h"
 
 typedef struct Traffic {
-    Communicator *communicator;
+    Communicator *communicator; // of all ranks
+    Communicator *replicas;     // of those with the same experts; NULL where all have all
     Model *model;
     Partition partition;
     ModelHooks hooks;
-    int reduced;          // buckets whose reduce-scatter has been started in this pass
-    CommTicket last;      // of the newest collective started
-    float *sums;          // (partition.owned) device memory; NULL unless gradients are shared
+    int reduced;              // buckets whose reduce-scatter has been started in this pass
+    CommTicket last;          // of the newest collective between all ranks,
+    CommTicket last_replicas; // and between those with the same experts
+    float *sums;              // (partition.owned) device memory; NULL unless gradients are shared
     bool first;           // this pass is the step's first: its gradients are assigned to the sums
     int collected;        // buckets added to the sums in this pass
     CommTicket *sent;     // (count) of each bucket's newest reduce-scatter
@@ -37,10 +42,10 @@ typedef struct Traffic {
 } Traffic;
 
 // The model has been created with ModelOptions.ranks = the communicator's world. A bucket is about
-// `bucket_bytes` of gradients. The traffic owns neither communicator nor model. STATUS_USAGE where
+// `bucket_bytes` of gradients. The traffic owns neither communicators nor model. STATUS_USAGE where
 // the model shares gradients and its backend cannot add them up.
-Status traffic_create(Communicator *communicator, Model *model, int64_t bucket_bytes,
-                      Traffic **out) NODISCARD;
+Status traffic_create(Communicator *communicator, Communicator *replicas, Model *model,
+                      int64_t bucket_bytes, Traffic **out) NODISCARD;
 void traffic_destroy(Traffic *traffic); // NULL is fine
 
 // Adds "gradient sums" where ranks share gradients.

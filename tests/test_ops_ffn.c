@@ -354,6 +354,34 @@ START_TEST(one_expert_is_the_dense_mlp) {
 }
 END_TEST
 
+// Memory is planned for the most tokens; a call with fewer must not need more.
+START_TEST(moe_workspace_never_shrinks_with_tokens) {
+    static const int widths[][2] = {{64, 608}, {896, 608}, {896, 4864}}, threads[] = {1, 8, 32};
+    for (int t = 0; t < 3; t++) {
+        Backend *backend;
+        ck_assert_ok(backend_cpu(threads[t], &backend));
+        for (int w = 0; w < 3; w++) {
+            size_t before = 0;
+            for (int64_t tokens = 0; tokens < 4200; tokens++) {
+                const MoeFfnArgs args = {.tokens = tokens,
+                                         .hidden_size = widths[w][0],
+                                         .intermediate_size = widths[w][1],
+                                         .num_experts = 6,
+                                         .top_k = 1};
+                size_t bytes = backend->ops->workspace_bytes(backend, OP_MOE_FFN, &args);
+                ck_assert_msg(bytes >= before,
+                              "%d threads, %d x %d: %zu bytes for %lld tokens, "
+                              "%zu for one fewer",
+                              threads[t], widths[w][0], widths[w][1], bytes, (long long)tokens,
+                              before);
+                before = bytes;
+            }
+        }
+        backend_destroy(backend);
+    }
+}
+END_TEST
+
 TEST_MAIN("dense and expert MLP", TEST(ffn_matches_reference), TEST(moe_ffn_matches_reference),
           TEST(moe_ffn_with_wide_experts), TEST(moe_ffn_without_tokens),
-          TEST(one_expert_is_the_dense_mlp))
+          TEST(one_expert_is_the_dense_mlp), TEST(moe_workspace_never_shrinks_with_tokens))

@@ -138,7 +138,8 @@ START_TEST(buckets_by_section_stay_in_one) {
             TensorTable table;
             Partition p;
             int64_t unit = (int64_t)world * TENSOR_ALIGN, elements = which ? 1 : 3000000;
-            ck_assert_ok(tensor_table_build_sections(&configs[which], unit, &table));
+            ck_assert_ok(tensor_table_build_layout(&configs[which], &(TableLayout){.section = unit},
+                                                   &table));
             ck_assert_ok(tensor_table_pad(&table, world));
             ck_assert_ok(partition_create(&table, world - 1, world, elements, true, &p));
             int64_t at = 0;
@@ -163,7 +164,61 @@ START_TEST(buckets_by_section_stay_in_one) {
 }
 END_TEST
 
+// Where groups of ranks share out experts, a bucket of experts has fewer and larger parts, and
+// holds nothing else; every element belongs to one of the ranks that have it.
+START_TEST(buckets_of_shared_out_experts_are_apart) {
+    const ModelConfig config = half_billion(6);
+    for (int group = 2; group <= 6; group += group == 3 ? 3 : 1) {
+        for (int world = group; world <= 3 * group; world += group) {
+            const TableLayout layout = {
+                .section = (int64_t)world * TENSOR_ALIGN, .expert_ranks = group, .expert_rank = 1};
+            TensorTable table, whole;
+            Partition p;
+            int64_t at = 0, owned = 0, experts = 0;
+            ck_assert_ok(tensor_table_build(&config, &whole));
+            ck_assert_ok(tensor_table_build_layout(&config, &layout, &table));
+            ck_assert_ok(tensor_table_pad(&table, world));
+            ck_assert_int_eq(table.parameters, whole.parameters);
+            ck_assert_int_eq(table.active_parameters, whole.active_parameters);
+            ck_assert_ok(partition_create(&table, group + 1 < world ? group + 1 : 1, world, 3000000,
+                                          true, &p));
+            const int place = p.rank / group;
+            for (int i = 0; i < p.count; i++) {
+                const Bucket *b = &p.buckets[i];
+                const int parts = b->experts ? world / group : world;
+                ck_assert_int_eq(b->begin, at);
+                ck_assert_int_eq(partition_begin(&p, i),
+                                 at + b->part * (b->experts ? place : p.rank));
+                at = partition_end(&p, i);
+                ck_assert_int_eq(at - b->begin, parts * b->part);
+                ck_assert_int_eq(b->state, owned);
+                owned += b->part;
+                experts += b->experts ? at - b->begin : 0;
+                for (int t = 0; t < table.count; t++) {
+                    const Tensor *tensor = &table.tensors[t];
+                    bool inside = tensor->offset < at && tensor->offset + tensor->count > b->begin;
+                    ck_assert(!inside || (tensor->expert >= 0) == b->experts);
+                }
+            }
+            ck_assert_int_eq(at, table.total);
+            ck_assert_int_eq(owned, p.owned);
+            ck_assert_int_eq(experts, table.expert_elements);
+            // The names are those of the whole model, of the experts that this rank has.
+            for (int t = 0; t < table.count; t++) {
+                const Tensor *tensor = &table.tensors[t];
+                const Tensor *there = tensor_table_find(&whole, tensor->name);
+                ck_assert(there && there->count == tensor->count);
+                ck_assert(tensor->expert < 0 || tensor->expert / (6 / group) == 1);
+            }
+            partition_free(&p);
+            tensor_table_free(&table);
+            tensor_table_free(&whole);
+        }
+    }
+}
+END_TEST
+
 TEST_MAIN("partition", TEST(padding_moves_routers_only),
           TEST(parts_are_equal_and_tile_the_arena_for_any_number_of_ranks),
-          TEST(buckets_by_section_stay_in_one),
+          TEST(buckets_by_section_stay_in_one), TEST(buckets_of_shared_out_experts_are_apart),
           TEST(buckets_are_final_only_when_all_their_elements_are))

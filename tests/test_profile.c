@@ -349,7 +349,6 @@ END_TEST
 
 TEST_MAIN("profile", TEST(results_are_the_same_bits), TEST(recordings_do_not_add_up),
           TEST(groups_of_ranks_are_recorded), TEST(a_profile_has_no_op_that_the_backend_lacks),
-          TEST(rows_between_orders_are_timed),
-          TEST(devices_are_known_by_name), TEST(the_nearer_limit_counts),
-          TEST(a_profile_names_every_op), TEST(the_program_prints_the_table),
-          TEST(a_profile_leaves_the_run_alone))
+          TEST(rows_between_orders_are_timed), TEST(devices_are_known_by_name),
+          TEST(the_nearer_limit_counts), TEST(a_profile_names_every_op),
+          TEST(the_program_prints_the_table), TEST(a_profile_leaves_the_run_alone))

@@ -58,7 +58,7 @@ static Status open_rank(Communicator *c, const Case *what, Rank *r) {
     model_options.ranks = c->world;
     TRY(model_create(r->backend, &config, &model_options, &r->model));
     if (what->own_master) r->model->master = NULL;
-    TRY(traffic_create(c, r->model, what->bucket_bytes, &r->traffic));
+    TRY(traffic_create(c, NULL, r->model, what->bucket_bytes, &r->traffic));
     TRY(optimizer_create(r->model, &options, r->traffic, &r->optimizer));
     TRY(model_load(r->model, source));
     TRY(model_load(r->whole_model, source));

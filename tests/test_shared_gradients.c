@@ -84,7 +84,7 @@ static Status run_steps(Communicator *c, const Case *what) {
     model = fixture_model(&config, &options);
     EXPECT(model_gradient_bytes(model, model->table.total) <
            tensor_table_copy_bytes(&whole->table, DTYPE_F32, whole->table.total));
-    TRY(traffic_create(c, model, what->bucket_bytes, &traffic));
+    TRY(traffic_create(c, NULL, model, what->bucket_bytes, &traffic));
     for (int step = 0; step < 2; step++) {
         for (int i = 0; i < MICRO_BATCHES; i++) {
             FixtureBatch batch;
@@ -127,8 +127,9 @@ END_TEST
 START_TEST(places_of_neighbouring_layers_do_not_overlap) {
     for (int tied = 0; tied < 2; tied++) {
         ModelConfig config = mixed_config(tied);
+        const TableLayout layout = {.section = 3 * TENSOR_ALIGN};
         TensorTable table;
-        ck_assert_ok(tensor_table_build_sections(&config, 3 * TENSOR_ALIGN, &table));
+        ck_assert_ok(tensor_table_build_layout(&config, &layout, &table));
         ck_assert_ok(tensor_table_pad(&table, 3));
         const GradientWindow window = gradient_window(&table);
         const size_t total = gradient_bytes(&table, &window, DTYPE_BF16, table.total);

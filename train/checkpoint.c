@@ -102,7 +102,7 @@ static Status load_piece(const MomentLoad *load, const Tensor *tensor, int64_t f
 // What the optimizer's rank owns; gaps between tensors stay zero.
 static Status load_owned(const MomentLoad *load) {
     const Partition *partition = load->optimizer->partition;
-    const TensorTable *table = load->set->table;
+    const TensorTable *table = &load->optimizer->model->table;
     for (int b = 0; b < partition->count; b++) {
         const int64_t own = partition_begin(partition, b);
         const int64_t own_end = own + partition->buckets[b].part;
@@ -136,10 +136,12 @@ done:
 
 Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) {
     Status status = STATUS_OK;
-    SliceSet set;
-    TRY(slices_open(path, &model->table, &set));
+    SliceSet set = {0};
+    TensorTable whole; // of which this rank may have only some experts
+    TRY(tensor_table_build(&model->config, &whole));
+    TRY_GOTO(slices_open(path, &whole, &set), done);
     MasterSource source = {.base = {.config = &model->config,
-                                    .table = &model->table,
+                                    .table = &whole,
                                     .dtype = DTYPE_F32,
                                     .read = read_master,
                                     .close = close_nothing},
@@ -150,5 +152,6 @@ Status checkpoint_load(const char *path, Model *model, Optimizer *optimizer) {
     TRY_GOTO(load_moments(&set, SLICE_V, optimizer, optimizer->v), done);
 done:
     slices_close(&set);
+    tensor_table_free(&whole);
     return status;
 }

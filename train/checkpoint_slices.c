@@ -275,8 +275,9 @@ static const SliceEntry *slice_at(const SliceSet *set, SliceKind kind, int tenso
 
 Status slices_read(const SliceSet *set, SliceKind kind, const Tensor *tensor, int64_t first,
                    int64_t count, float *out) {
-    int index = (int)(tensor - set->table->tensors);
-    INVARIANT(index >= 0 && index < set->table->count);
+    const Tensor *own = tensor_table_find(set->table, tensor->name);
+    INVARIANT(own && own->count == tensor->count);
+    const int index = (int)(own - set->table->tensors);
     INVARIANT(first >= 0 && count >= 0 && first + count <= tensor->count);
     uint64_t at = (uint64_t)first, end = (uint64_t)(first + count);
     if (at == end) return STATUS_OK;

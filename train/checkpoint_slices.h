@@ -56,7 +56,7 @@ typedef struct SliceSet {
 // every tensor of `table` exactly once, and nothing else.
 Status slices_open(const char *directory, const TensorTable *table, SliceSet *out) NODISCARD;
 void slices_close(SliceSet *set);
-// Elements [first, first + count) of a tensor of the table.
+// Elements [first, first + count) of the tensor of this name.
 Status slices_read(const SliceSet *set, SliceKind kind, const Tensor *tensor, int64_t first,
                    int64_t count, float *out) NODISCARD;
 

@@ -19,6 +19,7 @@
 #include <unistd.h>
 #include "base/hash.h"
 #include "base/log.h"
+#include "model/expert_parallel.h"
 #include "model/safetensors.h"
 #include "train/checkpoint_manifest.h"
 #include "train/checkpoint_slices.h"
@@ -31,6 +32,8 @@ struct CheckpointWriter {
     CheckpointOptions options;
     char *config_text;           // config.json, or NULL when it cannot express the model
     void *snapshot[SLICE_KINDS]; // (owned) of snapshot_dtype each, host memory
+    TensorTable whole;           // where this rank has only some of the experts; else zeros
+    const TensorTable *table;    // of all tensors: the model's, or `whole`
     void *weights;               // rank 0 of several: the whole working copy; else NULL
     SliceRange *ranges;          // (num_ranges) what this rank owns
     int num_ranges;
@@ -57,12 +60,14 @@ static size_t snapshot_bytes(int64_t owned, SliceKind kind, DType state_dtype) {
 static size_t weights_bytes(const TensorTable *table, DType compute_dtype,
                             const CheckpointOptions *options) {
     if (options->world <= 1 || options->rank > 0) return 0;
+    if (table->layout.expert_ranks > 1) // of this rank, in a plan
+        return (size_t)table->parameters * dtype_bytes(compute_dtype);
     return tensor_table_copy_bytes(table, compute_dtype, table->total);
 }
 
 Status checkpoint_plan(const TensorTable *table, DType state_dtype, DType compute_dtype,
                        const CheckpointOptions *options, MemoryPlan *plan) {
-    const int64_t owned = table->total / (options->world > 1 ? options->world : 1);
+    const int64_t owned = partition_owned(table, options->world > 1 ? options->world : 1);
     uint64_t bytes = weights_bytes(table, compute_dtype, options);
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         bytes += snapshot_bytes(owned, (SliceKind)kind, state_dtype);
@@ -95,7 +100,7 @@ static Status append_copy(SafetensorsWriter *writer, const void *values, DType d
 }
 
 static Status append_weights(SafetensorsWriter *file, const CheckpointWriter *writer) {
-    const TensorTable *table = &writer->model->table;
+    const TensorTable *table = writer->table;
     const DType compute = writer->model->backend->compute_dtype;
     const float *master = writer->snapshot[SLICE_MASTER];
     for (int i = 0; i < table->count; i++) {
@@ -114,7 +119,7 @@ static Status append_weights(SafetensorsWriter *file, const CheckpointWriter *wr
 
 static Status write_weights(const CheckpointWriter *writer, const char *path, uint64_t *bytes,
                             char hex[HASH_HEX_SIZE]) {
-    const TensorTable *table = &writer->model->table;
+    const TensorTable *table = writer->table;
     SafetensorsWriter *file = NULL;
     SafetensorsSpec *specs = calloc((size_t)table->count, sizeof *specs);
     if (!specs) FAIL(STATUS_INTERNAL, "%s: out of memory", path);
@@ -299,7 +304,11 @@ static Status reserve(CheckpointWriter *writer) {
     const Optimizer *optimizer = writer->optimizer;
     const Partition *partition = optimizer->partition;
     Backend *backend = model->backend;
-    size_t weights = weights_bytes(&model->table, backend->compute_dtype, &writer->options);
+    if (model->table.layout.expert_ranks > 1) {
+        TRY(tensor_table_build(&model->config, &writer->whole));
+        writer->table = &writer->whole;
+    }
+    size_t weights = weights_bytes(writer->table, backend->compute_dtype, &writer->options);
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         TRY(backend->ops->host_alloc(
             backend,
@@ -322,6 +331,7 @@ Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
     CheckpointWriter *writer = calloc(1, sizeof *writer);
     if (!writer) FAIL(STATUS_INTERNAL, "out of memory for the checkpoint writer");
     writer->model = model;
+    writer->table = &model->table;
     writer->optimizer = optimizer;
     writer->options = *options;
     if (writer->options.world < 1) writer->options.world = 1;
@@ -343,6 +353,7 @@ void checkpoint_writer_destroy(CheckpointWriter *writer) {
         if (writer->snapshot[kind]) backend->ops->host_release(backend, writer->snapshot[kind]);
     if (writer->weights) backend->ops->host_release(backend, writer->weights);
     manifest_free(&writer->manifest);
+    tensor_table_free(&writer->whole);
     free(writer->ranges);
     free(writer->config_text);
     free(writer->state_text);
@@ -367,6 +378,18 @@ static Status snapshot_master(CheckpointWriter *writer) {
     return STATUS_OK;
 }
 
+// Of the groups of ranks that share experts the first sends its rank 0 what that has not got.
+static Status snapshot_weights(CheckpointWriter *writer) {
+    Model *model = writer->model;
+    Backend *backend = model->backend;
+    const bool shares = model->experts && writer->options.rank < model->experts->world;
+    if (shares) return expert_parallel_collect(model, writer->table, writer->weights);
+    if (!writer->weights) return STATUS_OK;
+    return backend->ops->download(
+        backend, writer->weights, model->params,
+        weights_bytes(writer->table, backend->compute_dtype, &writer->options));
+}
+
 static Status take_snapshot(CheckpointWriter *writer) {
     const Model *model = writer->model;
     const Optimizer *optimizer = writer->optimizer;
@@ -376,10 +399,7 @@ static Status take_snapshot(CheckpointWriter *writer) {
     TRY(snapshot_master(writer));
     TRY(backend->ops->download(backend, writer->snapshot[SLICE_M], optimizer->m, bytes));
     TRY(backend->ops->download(backend, writer->snapshot[SLICE_V], optimizer->v, bytes));
-    if (!writer->weights) return STATUS_OK;
-    return backend->ops->download(
-        backend, writer->weights, model->params,
-        weights_bytes(&model->table, backend->compute_dtype, &writer->options));
+    return snapshot_weights(writer);
 }
 
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) {

@@ -86,6 +86,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY(prepare_train_data(recipe, config, &data));
     options.ranks = data.loader.world = ranks;
     options.share_gradients = ranks > 1 && recipe->parallel_zero == ZERO_2;
+    options.expert_ranks = (int)recipe->parallel_expert;
     TRY(model_plan(backend, config, &options, device));
     TRY(model_table(config, &options, &table));
     TRY_GOTO(traffic_plan(&table, &options, device), done);

@@ -84,7 +84,25 @@ static Status check_shares(const Recipe *recipe, int world) {
          global, recipe->train_micro_batch, world, hint);
 }
 
+// (Whether the experts divide is asked when their number is known: tensor_table_build_layout.)
+static Status check_expert_ranks(const Recipe *recipe, int world) {
+    const int64_t group = recipe->parallel_expert;
+    if (group == 1) return STATUS_OK;
+    if (world % group != 0)
+        FAIL(STATUS_USAGE,
+             "parallel.expert = %" PRId64 " does not divide %d ranks; set a divisor of %d, or "
+             "start another number of ranks",
+             group, world, world);
+    if (recipe->parallel_pairwise || recipe->parallel_zero == ZERO_2)
+        FAIL(STATUS_USAGE,
+             "parallel.expert = %" PRId64 " goes with parallel.zero = 1 and parallel.pairwise = "
+             "false only",
+             group);
+    return STATUS_OK;
+}
+
 Status prepare_check_world(const Recipe *recipe, const Backend *backend, int world) {
+    TRY(check_expert_ranks(recipe, world));
     if (world == 1) return STATUS_OK;
     TRY(check_shares(recipe, world));
     if (recipe->parallel_pairwise && recipe->parallel_zero == ZERO_2)

@@ -301,8 +301,8 @@ static const BackendOps profile_ops = {
 
 static void name_rows(Profile *p) {
     static const char *const memory_names[] = {
-        "zero", "copy",           "upload",     "download",   "add",
-        "cast", "reduce_scatter", "all_gather", "all_reduce", "wait for ranks"};
+        "zero",           "copy",       "upload",     "download",   "add",           "cast",
+        "reduce_scatter", "all_gather", "all_reduce", "all_to_all", "wait for ranks"};
     for (int i = 0; i < ROW_COUNT; i++) {
         OpKind op = (OpKind)(i / 2);
         bool memory_row = i >= ROW_ZERO;

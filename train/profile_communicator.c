@@ -63,6 +63,19 @@ static Status all_gather(Communicator *base, void *values, int64_t part, CommTyp
     return ended(c, ROW_ALL_GATHER, status, sent(base, part * base->world, type));
 }
 
+static Status all_to_all(Communicator *base, const void *send, const int64_t *send_at,
+                         const int64_t *send_bytes, void *recv, const int64_t *recv_at,
+                         const int64_t *recv_bytes, CommTicket *ticket) {
+    ProfileCommunicator *c = of(base);
+    Communicator *inner = forward(c);
+    double bytes = 0;
+    for (int r = 0; r < base->world; r++) bytes += r == base->rank ? 0 : (double)send_bytes[r];
+    TRY(profile_begin(c->profile, ROW_ALL_TO_ALL));
+    Status status =
+        inner->ops->all_to_all(inner, send, send_at, send_bytes, recv, recv_at, recv_bytes, ticket);
+    return ended(c, ROW_ALL_TO_ALL, status, bytes);
+}
+
 static Status wait_for(Communicator *base, CommTicket ticket) {
     ProfileCommunicator *c = of(base);
     Communicator *inner = forward(c);
@@ -76,14 +89,6 @@ static Status broadcast(Communicator *base, void *values, int64_t count, CommTyp
                         CommTicket *ticket) {
     Communicator *inner = forward(of(base));
     return inner->ops->broadcast(inner, values, count, type, root, ticket);
-}
-
-static Status all_to_all(Communicator *base, const void *send, const int64_t *send_at,
-                         const int64_t *send_bytes, void *recv, const int64_t *recv_at,
-                         const int64_t *recv_bytes, CommTicket *ticket) {
-    Communicator *inner = forward(of(base));
-    return inner->ops->all_to_all(inner, send, send_at, send_bytes, recv, recv_at, recv_bytes,
-                                  ticket);
 }
 
 static Status check(Communicator *base) {

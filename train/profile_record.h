@@ -15,6 +15,7 @@ enum {
     ROW_REDUCE_SCATTER,
     ROW_ALL_GATHER,
     ROW_ALL_REDUCE,
+    ROW_ALL_TO_ALL,
     ROW_WAIT,
     ROW_COUNT
 };

@@ -79,7 +79,9 @@ static void wait_longer(Trainer *t) {
 }
 
 static void wait_as_told(Trainer *t) {
-    if (t->team.communicator) t->team.communicator->timeout_seconds = t->wait_seconds;
+    Communicator *all[] = {t->team.communicator, t->experts, t->replicas};
+    for (int i = 0; i < 3; i++)
+        if (all[i]) all[i]->timeout_seconds = t->wait_seconds;
 }
 
 // The watchdog's limit is a little beyond the communicator's, which knows better who is to blame.

@@ -87,9 +87,33 @@ static Status verify_export(Trainer *t, const char *path, DType written, ExportC
     return STATUS_OK;
 }
 
+// Where this rank has only some of the experts, the newest checkpoint has them all. Training is
+// over: what it took makes room for the whole model.
+static Status gather_model(Trainer *t) {
+    ModelOptions options;
+    char path[IO_PATH_MAX];
+    if (!t->experts) return STATUS_OK;
+    checkpoint_writer_destroy(t->writer);
+    optimizer_destroy(t->optimizer);
+    traffic_destroy(t->traffic);
+    model_sums_free(&t->sums);
+    model_destroy(t->model);
+    t->writer = NULL;
+    t->optimizer = NULL;
+    t->traffic = NULL;
+    t->model = NULL;
+    TRY(checkpoint_path(t->checkpoints, t->state.step, path));
+    TRY(prepare_model_options(t->recipe, false, &options));
+    TRY(model_create(t->backend, &t->config, &options, &t->model));
+    TRY(model_sums_create(t->model, &t->sums));
+    if (t->recipe->router_balance_bias) TRY(model_set_selection_bias(t->model, t->state.bias));
+    return checkpoint_load(path, t->model, NULL);
+}
+
 static Status export_model(Trainer *t, const char *path, ExportCheck *check) {
     const Recipe *r = t->recipe;
     TensorSource *source;
+    TRY(gather_model(t));
     HfWriteOptions options = {.dtype = r->export_dtype == WEIGHTS_F32 ? DTYPE_F32 : DTYPE_BF16,
                               .max_shard_bytes = (uint64_t)r->export_max_shard_bytes,
                               .copy_from = r->model_source[0] ? r->model_source : NULL,

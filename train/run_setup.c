@@ -67,6 +67,15 @@ static Status open_sums(Trainer *t) {
     return pairwise_create(t->model, loader_micro_batches(&t->data.loader), count, &t->pairwise);
 }
 
+// Neighbours share out experts, since they are likely on one machine.
+static Status open_expert_groups(Trainer *t) {
+    const int group = (int)t->recipe->parallel_expert;
+    Communicator *all = t->team.communicator;
+    if (group == 1) return STATUS_OK;
+    TRY(all->ops->split(all, t->team.rank / group, &t->experts));
+    return all->ops->split(all, t->team.rank % group, &t->replicas);
+}
+
 static Status open_model(Trainer *t) {
     const Recipe *r = t->recipe;
     ModelOptions model_options;
@@ -75,11 +84,15 @@ static Status open_model(Trainer *t) {
     TRY(prepare_model_options(r, true, &model_options));
     model_options.ranks = t->team.world;
     model_options.share_gradients = t->team.world > 1 && r->parallel_zero == ZERO_2;
+    model_options.expert_ranks = (int)r->parallel_expert;
+    model_options.expert_rank = t->team.rank % (int)r->parallel_expert;
     TRY(model_create(t->backend, &t->config, &model_options, &t->model));
+    t->model->experts = t->experts;
     INVARIANT(model_sums_stride(t->model) == t->state.stride);
     TRY(open_sums(t));
     if (t->team.world > 1)
-        TRY(traffic_create(t->team.communicator, t->model, r->parallel_bucket_bytes, &t->traffic));
+        TRY(traffic_create(t->team.communicator, t->replicas, t->model, r->parallel_bucket_bytes,
+                           &t->traffic));
     TRY(optimizer_create(t->model, &options, t->traffic, &t->optimizer));
     return fill_model(t);
 }
@@ -129,6 +142,9 @@ static void say_what_starts(const Trainer *t) {
         log_info("ranks: %d, each with 1/%d of AdamW's state%s in %d buckets", t->team.world,
                  t->team.world, t->traffic->sums ? " and of the gradients" : "",
                  t->optimizer->partition->count);
+    if (t->experts)
+        log_info("experts: shared out among groups of %d ranks, each expert on %d of all",
+                 t->experts->world, t->replicas->world);
     log_info("model: %d layers, %.4g M parameters, %.4g M active per token", t->config.num_layers,
              (double)table->parameters / 1e6, (double)table->active_parameters / 1e6);
     if (t->resume_state)
@@ -157,6 +173,7 @@ static Status open_all(Trainer *t) {
     TRY(ranks_in_turn(t, open_config));
     TRY(ranks_in_turn(t, open_data)); // rank 0 verifies shards, the others find that done
     TRY(ranks_compare_data(t));
+    TRY(ranks_together(t, open_expert_groups));
     TRY(ranks_together(t, open_model));
     TRY(ranks_first_only(t, open_outputs));
     t->save_tag = (long)getpid();
@@ -185,6 +202,8 @@ void trainer_close(Trainer *t) {
     stragglers_close(&t->stragglers);
     if (t->model) model_sums_free(&t->sums);
     model_destroy(t->model);
+    communicator_destroy(t->experts);
+    communicator_destroy(t->replicas);
     if (t->valid) fixed_pass_close(t->valid);
     if (t->loader) loader_close(t->loader);
     if (t->report) report_close(t->report);

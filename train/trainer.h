@@ -55,7 +55,9 @@ typedef struct Trainer {
     json_t *resume_state;
 
     ModelConfig config;
-    TensorSource *source; // of the weights, until they are loaded; NULL = random
+    TensorSource *source;             // of the weights, until they are loaded; NULL = random
+    Communicator *experts, *replicas; // of the ranks that share out experts, and of those with the
+                                      // same ones; NULL where every rank has all
     Model *model;
     Traffic *traffic;   // NULL with one rank
     Pairwise *pairwise; // NULL without parallel.pairwise

@@ -147,6 +147,56 @@ START_TEST(several_gpus_train_as_one_does) {
 }
 END_TEST
 
+// Four experts, with `group` ranks sharing them out.
+static GpuJob expert_job(const char *name, int world, int group) {
+    GpuJob gpu = gpu_job(name, world);
+    tiny_set(&gpu.job.recipe, "lfuc.num_experts=4");
+    tiny_set(&gpu.job.recipe, "lfuc.follower_copies=2");
+    tiny_set(&gpu.job.recipe, "lfuc.top_k=2");
+    tiny_set(&gpu.job.recipe, "parallel.expert=%d", group);
+    return gpu;
+}
+
+START_TEST(shared_out_experts_train_as_whole_ones_do) {
+    tiny_prepare();
+    for_each_world(world) {
+        GpuJob whole = expert_job(name_of("all", world), world, 1);
+        finish(world, &whole);
+        for (int group = 2; group <= world && group <= 4; group *= 2) {
+            char name[2][48];
+            for (int i = 0; i < 2; i++) {
+                snprintf(name[i], sizeof name[i], "experts%d_%d_%d", world, group, i);
+                GpuJob shared = expert_job(name[i], world, group);
+                finish(world, &shared);
+            }
+            expect_close_losses(name_of("all", world), name[0]);
+            expect_same_run_of(world, name[0], name[1]);
+        }
+    }
+}
+END_TEST
+
+// A rank that dies leaves the others of its group waiting in the middle of a pass.
+START_TEST(a_killed_rank_of_an_expert_group_ends_all) {
+    tiny_prepare();
+    for_each_world(world) {
+        GpuJob job = expert_job(name_of("lost", world), world, 2);
+        Trigger trigger = {.number = 150, .signal = SIGKILL};
+        job.job.victim = world - 1;
+        job.job.hook = on_operation;
+        job.job.context = &trigger;
+        start(world, &job);
+        ranks_join(world);
+        ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
+        for (int r = 0; r < world - 1; r++) {
+            ranks_expect(r, STATUS_COMMUNICATION, "is lost");
+            ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
+        }
+        finish(world, &job);
+    }
+}
+END_TEST
+
 START_TEST(every_run_has_the_same_bits) {
     prepare();
     for_each_world(world) {
@@ -271,6 +321,8 @@ END_TEST
 
 int main(int argc, char **argv) {
     const TestEntry entries[] = {TEST(several_gpus_train_as_one_does),
+                                 TEST(shared_out_experts_train_as_whole_ones_do),
+                                 TEST(a_killed_rank_of_an_expert_group_ends_all),
                                  TEST(every_run_has_the_same_bits),
                                  TEST(checkpoints_fit_any_number_of_gpus),
                                  TEST(a_killed_rank_ends_all_and_the_same_command_continues),
