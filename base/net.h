@@ -30,7 +30,7 @@ Status net_send(int fd, const char *peer, const void *data, size_t bytes,
                 double deadline) NODISCARD;
 Status net_recv(int fd, const char *peer, void *out, size_t bytes, double deadline) NODISCARD;
 
-// What can be moved now, perhaps nothing. *gone: the peer has closed or reset the connection, with
+// What can be moved now, perhaps nothing. *gone becomes true: the peer has closed or reset it, with
 // the reason in `why` (a string that stays). For loops over many sockets.
 size_t net_send_some(int fd, const void *data, size_t bytes, bool *gone, const char **why);
 size_t net_recv_some(int fd, void *out, size_t bytes, bool *gone, const char **why);

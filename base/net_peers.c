@@ -31,7 +31,7 @@ Status net_peers_open(int ranks, const int *sockets, const char *const *names, N
 
 static void look_at(NetPeers *p, Peer *peer) {
     char byte;
-    bool gone;
+    bool gone = false;
     const char *why;
     if (net_recv_some(peer->fd, &byte, 1, &gone, &why) == 0 && !gone) return;
     if (gone) p->lost = peer->name;
@@ -51,7 +51,7 @@ const char *net_peers_lost(NetPeers *p) {
 
 void net_peers_close(NetPeers *p, bool farewell) {
     const char byte = 1;
-    bool gone;
+    bool gone = false;
     const char *why;
     if (!p) return;
     for (int i = 0; i < p->count; i++) {
