@@ -34,8 +34,15 @@ extern "C" {
 
 static_assert(NCCL_UNIQUE_ID_BYTES == CUDA_COMMUNICATOR_ID_BYTES, "the id's size in backend.h");
 
-enum { EVENTS = 64, WHERE_MAX = 160 };
+enum { WAITS = 512, EVENTS = 64, WHERE_MAX = 160 };
 static const double POLL_SECONDS = 20e-6;
+
+// How long the compute stream stood still in its waits: pairs of events around each, read when the
+// device has passed them.
+typedef struct WaitTimes {
+    cudaEvent_t begin[WAITS], end[WAITS];
+    int64_t noted, read; // waits; number n is at n % WAITS
+} WaitTimes;
 
 typedef struct NcclCommunicator {
     Communicator base;
@@ -43,6 +50,7 @@ typedef struct NcclCommunicator {
     ncclComm_t comm; // under the root's mutex; NULL before it is made and after it is gone
     cudaStream_t stream;
     cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
+    WaitTimes waits;
     CommTicket ticket;                // of the last collective
     const char *name;                 // likewise
     struct NcclCommunicator *root;    // itself, or what this came of by splits
@@ -256,14 +264,46 @@ static Status check(Communicator *base) {
     return state == ncclSuccess || state == ncclInProgress ? STATUS_OK : fail(c, state);
 }
 
+// Adds up the waits that the device is through with.
+static Status read_waits(NcclCommunicator *c) {
+    WaitTimes *w = &c->waits;
+    for (; w->read < w->noted; w->read++) {
+        const int i = (int)(w->read % WAITS);
+        const cudaError_t state = cudaEventQuery(w->end[i]);
+        float ms = 0;
+        if (state == cudaErrorNotReady) {
+            (void)cudaGetLastError(); // no failure
+            return STATUS_OK;
+        }
+        CUDA_TRY(c->backend, state);
+        CUDA_TRY(c->backend, cudaEventElapsedTime(&ms, w->begin[i], w->end[i]));
+        c->base.waited_seconds += 1e-3 * ms;
+        if (c != c->root) c->root->base.waited_seconds += 1e-3 * ms;
+    }
+    return STATUS_OK;
+}
+
+// A wait is not timed when the device is WAITS of them behind.
+static Status timed_wait(NcclCommunicator *c, cudaEvent_t event) {
+    WaitTimes *w = &c->waits;
+    TRY(read_waits(c));
+    const bool timed = w->noted - w->read < WAITS;
+    const int i = (int)(w->noted % WAITS);
+    if (timed) CUDA_TRY(c->backend, cudaEventRecord(w->begin[i], c->backend->stream));
+    CUDA_TRY(c->backend, cudaStreamWaitEvent(c->backend->stream, event, 0));
+    if (!timed) return STATUS_OK;
+    CUDA_TRY(c->backend, cudaEventRecord(w->end[i], c->backend->stream));
+    w->noted++;
+    return STATUS_OK;
+}
+
 static Status wait(Communicator *base, CommTicket ticket) {
     NcclCommunicator *c = nccl_of(base);
     TRY(check(base));
     INVARIANT(ticket <= c->ticket);
     if (ticket <= 0) return STATUS_OK;
     if (c->ticket - ticket >= EVENTS) ticket = c->ticket - EVENTS + 1;
-    CUDA_TRY(c->backend, cudaStreamWaitEvent(c->backend->stream, c->done[ticket % EVENTS], 0));
-    return STATUS_OK;
+    return timed_wait(c, c->done[ticket % EVENTS]);
 }
 
 // As one group of NCCL's calls: all kernels are told to end before anything is freed. A split that
@@ -325,6 +365,10 @@ static void destroy(Communicator *base) {
     disconnect(c);
     for (cudaEvent_t event : c->done)
         if (event) cudaEventDestroy(event);
+    for (int i = 0; i < WAITS; i++) {
+        if (c->waits.begin[i]) cudaEventDestroy(c->waits.begin[i]);
+        if (c->waits.end[i]) cudaEventDestroy(c->waits.end[i]);
+    }
     if (c->before) cudaEventDestroy(c->before);
     if (c->stream) cudaStreamDestroy(c->stream);
     if (c == c->root) {
@@ -372,6 +416,10 @@ static Status make_stream(NcclCommunicator *c) {
     CUDA_TRY(c->backend, cudaEventCreateWithFlags(&c->before, cudaEventDisableTiming));
     for (cudaEvent_t &event : c->done)
         CUDA_TRY(c->backend, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    for (int i = 0; i < WAITS; i++) {
+        CUDA_TRY(c->backend, cudaEventCreate(&c->waits.begin[i]));
+        CUDA_TRY(c->backend, cudaEventCreate(&c->waits.end[i]));
+    }
     return STATUS_OK;
 }
 

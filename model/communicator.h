@@ -82,7 +82,8 @@ struct Communicator {
     double timeout_seconds; // may be changed between collectives; counts from the next one on
     bool tree;              // sums pairwise by rank: the same bits on 1, 2 and 4 ranks (tests)
     // How long this rank has waited for others so far, here and in what was split from this, for
-    // finding the one that the others wait for; 0 where the communicator cannot tell.
+    // finding the one that the others wait for. On a GPU it is the compute stream that waits, and
+    // this lags behind by what is queued there.
     double waited_seconds;
     // followed by the communicator's own state
 };

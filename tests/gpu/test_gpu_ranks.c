@@ -14,7 +14,7 @@ static int gpus_;
 
 typedef struct GpuJob {
     Job job;
-    bool spoils;                    // the victim's numbers (tests/parallel_job.h)
+    LossOp *loss;                   // in place of the victim's, or NULL
     int mesh[RANKS_MAX][RANKS_MAX]; // connections over which ranks notice that one has died
 } GpuJob;
 
@@ -47,7 +47,7 @@ static Status run_on_gpu(Communicator *tcp, void *context) {
     options.communicator = nccl;
     options.local_rank = tcp->rank;
     if (victim && job->hook) io_set_hook(job->hook, job->context);
-    if (victim && gpu->spoils) replace_loss(backend, spoiled_loss);
+    if (victim && gpu->loss) replace_loss(backend, gpu->loss);
     if (status == STATUS_OK) status = run_training_on(backend, &job->recipe, &options);
     io_set_hook(NULL, NULL);
     communicator_destroy(nccl);
@@ -310,11 +310,29 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
             GpuJob job = gpu_job(name, world);
             tiny_set(&job.job.recipe, "run.gpu_graphs=false"); // what is recorded must not wait
             job.job.victim = world - 1;
-            job.spoils = true;
+            job.loss = spoiled_loss;
             expect_ok(world, &job);
             ck_assert_uint_eq(tiny_count_events(name, "skip"), 3);
         }
         expect_same_run_of(world, name_of("loss", world), name_of("gradient", world));
+    }
+}
+END_TEST
+
+// The others wait for it on the device, and know how long.
+START_TEST(a_slow_rank_is_named) {
+    tiny_prepare();
+    for_each_world(world) {
+        for (int slow = 0; slow < 2; slow++) {
+            const char *name = name_of(slow ? "slow" : "even", world);
+            GpuJob job = gpu_job(name, world);
+            tiny_set(&job.job.recipe, "parallel.straggler_steps=9");
+            tiny_set(&job.job.recipe, "run.gpu_graphs=false"); // what is recorded must not wait
+            job.job.victim = world - 1;
+            if (slow) job.loss = slow_loss;
+            expect_ok(world, &job);
+            ck_assert_uint_eq(tiny_count_events(name, "straggler"), (size_t)slow);
+        }
     }
 }
 END_TEST
@@ -328,7 +346,8 @@ int main(int argc, char **argv) {
                                  TEST(a_killed_rank_ends_all_and_the_same_command_continues),
                                  TEST(a_stopped_rank_is_noticed_in_time),
                                  TEST(a_signal_to_one_rank_saves_on_all),
-                                 TEST(bad_numbers_on_one_rank_are_skipped_by_all)};
+                                 TEST(bad_numbers_on_one_rank_are_skipped_by_all),
+                                 TEST(a_slow_rank_is_named)};
     gpus_ = gpu_count();
     if (gpus_ < 2 || !communicator_nccl_built()) {
         printf("skipped: %s\n", gpus_ < 2 ? "fewer than two GPUs" : "this build has no NCCL");
