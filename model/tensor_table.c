@@ -300,6 +300,13 @@ size_t tensor_table_copy_bytes(const TensorTable *table, DType compute, int64_t 
     return (size_t)body * dtype_bytes(compute) + (size_t)(offset - body) * sizeof(float);
 }
 
+int64_t tensor_part(const Tensor *tensor, int64_t begin, int64_t end, int64_t *first) {
+    const int64_t from = tensor->offset > begin ? tensor->offset : begin;
+    const int64_t last = tensor->offset + tensor->count, to = last < end ? last : end;
+    *first = from - tensor->offset;
+    return to > from ? to - from : 0;
+}
+
 bool tensor_decays(const Tensor *tensor, bool decay_embeddings) {
     switch (tensor->role) {
     case ROLE_QKV_WEIGHT:

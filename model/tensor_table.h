@@ -102,6 +102,9 @@ const Tensor *tensor_table_find(const TensorTable *table, const char *name); // 
 // whose router tail is fp32; pass table->total for the arena's size.
 size_t tensor_table_copy_bytes(const TensorTable *table, DType compute, int64_t offset);
 
+// How many elements of the tensor lie within [begin, end) of the arenas, and which is the first.
+int64_t tensor_part(const Tensor *tensor, int64_t begin, int64_t end, int64_t *first);
+
 // True for the tensors that weight decay applies to: matrices, but not norms, biases, routers, and
 // embeddings only when decay_embeddings.
 bool tensor_decays(const Tensor *tensor, bool decay_embeddings);

@@ -30,18 +30,18 @@ static int by_offset(const void *a, const void *b) {
 static void add_to_runs(Optimizer *optimizer, const Tensor *tensor, int bucket) {
     const Bucket *b = &optimizer->partition->buckets[bucket];
     const int64_t own = partition_begin(optimizer->partition, bucket);
-    const int64_t tensor_end = tensor->offset + tensor->count, own_end = own + b->part;
-    const int64_t begin = tensor->offset > own ? tensor->offset : own;
-    const int64_t end = tensor_end < own_end ? tensor_end : own_end;
-    if (begin >= end) return;
+    int64_t first;
+    const int64_t count = tensor_part(tensor, own, own + b->part, &first);
+    const int64_t begin = tensor->offset + first;
+    if (count == 0) return;
     bool decays = tensor_decays(tensor, optimizer->options.decay_embeddings);
     bool router = tensor->offset >= optimizer->model->table.router_begin;
     OptimizerRun *last = optimizer->num_runs ? &optimizer->runs[optimizer->num_runs - 1] : NULL;
     if (last && last->bucket == bucket && last->decays == decays)
-        last->count = end - last->begin;
+        last->count = begin + count - last->begin;
     else
         optimizer->runs[optimizer->num_runs++] =
-            (OptimizerRun){begin, end - begin, b->state + (begin - own), decays, router, bucket};
+            (OptimizerRun){begin, count, b->state + (begin - own), decays, router, bucket};
 }
 
 static Status build_runs(Optimizer *optimizer) {

@@ -105,15 +105,14 @@ static Status load_owned(const MomentLoad *load) {
     const TensorTable *table = &load->optimizer->model->table;
     for (int b = 0; b < partition->count; b++) {
         const int64_t own = partition_begin(partition, b);
-        const int64_t own_end = own + partition->buckets[b].part;
+        int64_t first;
         for (int i = 0; i < table->count; i++) {
             const Tensor *tensor = &table->tensors[i];
-            const int64_t tensor_end = tensor->offset + tensor->count;
-            const int64_t begin = tensor->offset > own ? tensor->offset : own;
-            const int64_t end = tensor_end < own_end ? tensor_end : own_end;
-            if (begin < end)
-                TRY(load_piece(load, tensor, begin - tensor->offset, end - begin,
-                               partition->buckets[b].state + begin - own));
+            const int64_t count =
+                tensor_part(tensor, own, own + partition->buckets[b].part, &first);
+            if (count > 0)
+                TRY(load_piece(load, tensor, first, count,
+                               partition->buckets[b].state + tensor->offset + first - own));
         }
     }
     return STATUS_OK;

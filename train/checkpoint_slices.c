@@ -37,12 +37,10 @@ static int find_parts(const TensorTable *table, const SliceRange *ranges, int nu
     for (int r = 0; r < num_ranges; r++) {
         for (int i = 0; i < table->count; i++) {
             const Tensor *tensor = &table->tensors[i];
-            int64_t last = tensor->offset + tensor->count;
-            int64_t from = tensor->offset > ranges[r].begin ? tensor->offset : ranges[r].begin;
-            int64_t to = last < ranges[r].end ? last : ranges[r].end;
-            if (from < to)
-                parts[count++] = (SlicePart){tensor, from - tensor->offset, to - from,
-                                             before + from - ranges[r].begin};
+            int64_t first, some = tensor_part(tensor, ranges[r].begin, ranges[r].end, &first);
+            if (some > 0)
+                parts[count++] = (SlicePart){tensor, first, some,
+                                             before + tensor->offset + first - ranges[r].begin};
         }
         before += ranges[r].end - ranges[r].begin;
     }
@@ -53,9 +51,8 @@ static int most_parts(const TensorTable *table, const SliceRange *ranges, int nu
     int count = 0;
     for (int r = 0; r < num_ranges; r++) {
         for (int i = 0; i < table->count; i++) {
-            const Tensor *tensor = &table->tensors[i];
-            count +=
-                tensor->offset < ranges[r].end && tensor->offset + tensor->count > ranges[r].begin;
+            int64_t first;
+            count += tensor_part(&table->tensors[i], ranges[r].begin, ranges[r].end, &first) > 0;
         }
     }
     return count;
