@@ -6,7 +6,8 @@
 #include "base/net.h"
 
 typedef struct Peer {
-    int fd; // -1: none, or has said farewell
+    int fd; // -1: none
+    bool left;
     char name[NET_NAME_MAX];
 } Peer;
 
@@ -35,18 +36,26 @@ static void look_at(NetPeers *p, Peer *peer) {
     const char *why;
     if (net_recv_some(peer->fd, &byte, 1, &gone, &why) == 0 && !gone) return;
     if (gone) p->lost = peer->name;
-    net_close(peer->fd);
-    peer->fd = -1;
+    peer->left = true;
 }
 
 const char *net_peers_lost(NetPeers *p) {
     if (!p) return NULL;
     pthread_mutex_lock(&p->mutex);
     for (int i = 0; i < p->count && !p->lost; i++)
-        if (p->peers[i].fd >= 0) look_at(p, &p->peers[i]);
+        if (p->peers[i].fd >= 0 && !p->peers[i].left) look_at(p, &p->peers[i]);
     const char *lost = p->lost;
     pthread_mutex_unlock(&p->mutex);
     return lost;
+}
+
+static void release(NetPeers *p) {
+    pthread_mutex_destroy(&p->mutex);
+    free(p);
+}
+
+void net_peers_give_back(NetPeers *p) {
+    if (p) release(p);
 }
 
 void net_peers_close(NetPeers *p, bool farewell) {
@@ -59,6 +68,5 @@ void net_peers_close(NetPeers *p, bool farewell) {
         if (farewell) (void)net_send_some(p->peers[i].fd, &byte, 1, &gone, &why);
         net_close(p->peers[i].fd);
     }
-    pthread_mutex_destroy(&p->mutex);
-    free(p);
+    release(p);
 }

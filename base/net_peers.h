@@ -21,6 +21,7 @@ Status net_peers_open(int ranks, const int *sockets, const char *const *names,
 // From any thread, without waiting; NULL has no peers. The string lives as long as `peers`.
 const char *net_peers_lost(NetPeers *peers);
 
+void net_peers_give_back(NetPeers *peers); // the sockets are the caller's again; NULL is nothing
 // `farewell`: this process leaves in good order. NULL is nothing.
 void net_peers_close(NetPeers *peers, bool farewell);
 

@@ -51,10 +51,10 @@ typedef struct NcclCommunicator {
     cudaStream_t stream;
     cudaEvent_t before, done[EVENTS]; // done: of ticket t at t % EVENTS
     WaitTimes waits;
-    CommTicket ticket;                // of the last collective
-    const char *name;                 // likewise
-    struct NcclCommunicator *root;    // itself, or what this came of by splits
-    struct NcclCommunicator *next;    // of the family, the oldest first; under the root's mutex
+    CommTicket ticket;             // of the last collective
+    const char *name;              // likewise
+    struct NcclCommunicator *root; // itself, or what this came of by splits
+    struct NcclCommunicator *next; // of the family, the oldest first; under the root's mutex
     // For the whole family, in the root only:
     pthread_mutex_t mutex;
     CommTicket newest; // the last collective's ticket and name; also read by the watchdog's thread
@@ -437,9 +437,8 @@ static Status connect(NcclCommunicator *c, const unsigned char *id) {
 // Sockets are the caller's again where this fails.
 static Status start(NcclCommunicator *c, const unsigned char *id, const CommunicatorLinks *links) {
     TRY(make_stream(c));
-    TRY(connect(c, id));
-    if (!links->sockets) return STATUS_OK;
-    return net_peers_open(links->world, links->sockets, links->names, &c->peers);
+    if (links->sockets) TRY(net_peers_open(links->world, links->sockets, links->names, &c->peers));
+    return connect(c, id);
 }
 
 Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICATOR_ID_BYTES],
@@ -462,6 +461,8 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
     const Status status = start(c, id, links);
     if (status != STATUS_OK) {
         c->failed = true;
+        net_peers_give_back(c->peers);
+        c->peers = NULL;
         destroy(&c->base);
         return status;
     }

@@ -16,7 +16,8 @@
 
 #include "model/model.h"
 
-// T = tokens of the largest micro-batch, H hidden size, Q width of a packed q|k|v row.
+// Below: T = tokens of the largest micro-batch, H hidden size, Q width of a packed q|k|v row.
+
 // What a layer keeps of the rows that this rank's experts have received, at most R of them, where
 // experts are shared out (model/expert_parallel.h).
 typedef struct ReceivedRows {

@@ -50,6 +50,7 @@ __attribute__((unused)) static void fixture_free(Fixture *f) {
 __attribute__((unused)) static Status save(Fixture *f, int64_t step) {
     json_t *state = json_pack("{s:I, s:f}", "step", (json_int_t)step, "third", 1.0 / 3);
     Status status = checkpoint_begin(f->writer, step, state);
+    if (status == STATUS_OK) status = checkpoint_start(f->writer);
     json_decref(state);
     if (status == STATUS_OK) status = checkpoint_wait(f->writer);
     return status;

@@ -295,10 +295,10 @@ START_TEST(plan_says_what_the_writer_takes) {
     MemoryPlan plan = {.count = 0};
     const CheckpointOptions alone = {.world = 1};
     ck_assert_ok(tensor_table_build(&config, &table));
-    ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, DTYPE_F32, &alone, &plan));
+    ck_assert_ok(checkpoint_plan(&table, &table, DTYPE_F32, DTYPE_F32, &alone, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 12);
     plan.count = 0;
-    ck_assert_ok(checkpoint_plan(&table, DTYPE_BF16, DTYPE_F32, &alone, &plan));
+    ck_assert_ok(checkpoint_plan(&table, &table, DTYPE_BF16, DTYPE_F32, &alone, &plan));
     ck_assert_int_eq(memory_plan_total(&plan), (uint64_t)table.total * 8);
     tensor_table_free(&table);
 }
@@ -311,6 +311,7 @@ START_TEST(a_save_holds_the_weights_of_its_moment) {
     float *before = download_arena(&f.t, f.t.model->master);
     json_t *state = json_pack("{s:i}", "step", 1);
     ck_assert_ok(checkpoint_begin(f.writer, 1, state));
+    ck_assert_ok(checkpoint_start(f.writer));
     json_decref(state);
     fill_arena(&f.t, f.t.model->master, 77, 0, 1);
     ck_assert_ok(checkpoint_wait(f.writer));

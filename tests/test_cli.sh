@@ -52,6 +52,8 @@ expect 2 "did you mean [train]?" "$train" --recipe quickstart_dense --set trian.
 if "$train" --version | grep -q cuda; then # no device here: the rest of this file is for the CPU
     CUDA_VISIBLE_DEVICES='' expect 2 "use --device cpu" \
         "$train" --recipe quickstart_dense --device cuda
+    CUDA_VISIBLE_DEVICES='' expect 2 "use --device cpu" \
+        "$train" --recipe quickstart_dense --gpus 2
 else
     expect 2 "no CUDA backend" "$train" --recipe quickstart_dense --device cuda
 fi

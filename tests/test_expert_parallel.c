@@ -157,6 +157,21 @@ START_TEST(an_interrupted_run_ends_with_the_same_bits) {
 }
 END_TEST
 
+// A run that starts at the end of another has nothing to save, and exports all the same.
+START_TEST(the_end_of_another_run_is_exported) {
+    char path[IO_PATH_MAX];
+    int64_t step;
+    tiny_prepare();
+    Job first = expert_job("first", 2, 2), second = expert_job("second", 2, 2);
+    run_ok(2, &first);
+    ck_assert_ok(checkpoint_find(tiny_run_path("first", "checkpoints"), &step, path));
+    second.options.resume = RESUME_FROM;
+    second.options.resume_path = path;
+    run_ok(2, &second);
+    expect_same_file("first", "second", "export/model.safetensors");
+}
+END_TEST
+
 // --- Bad input -----------------------------------------------------------------------------------
 
 static void expect_refused(const Job *job, int world, const char *text) {
@@ -171,7 +186,8 @@ START_TEST(what_does_not_divide_is_refused_by_all) {
     Job job = expert_job("bad", 2, 3);
     expect_refused(&job, 2, "parallel.expert = 3 does not divide 2 ranks");
     job = expert_job("bad", 3, 3);
-    expect_refused(&job, 3, "parallel.expert = 3 does not divide the 4 experts of layer");
+    expect_refused(&job, 3, "parallel.expert = 3 does not divide lfuc.num_experts = 4");
+    ck_assert(!io_exists(tiny_run_path("bad", "plan"))); // before anything is measured
     job = expert_job("bad", 2, 2);
     tiny_set(&job.recipe, "parallel.zero=2");
     expect_refused(&job, 2, "goes with parallel.zero = 1");
@@ -190,4 +206,5 @@ TEST_MAIN_TIMEOUT("expert parallel", 300, TEST(shared_experts_train_to_the_same_
                   TEST(groups_beside_each_other_train_alike),
                   TEST(checkpoints_fit_any_expert_ranks),
                   TEST(an_interrupted_run_ends_with_the_same_bits),
+                  TEST(the_end_of_another_run_is_exported),
                   TEST(what_does_not_divide_is_refused_by_all))

@@ -108,6 +108,7 @@ static Status save_together(Rank *r, const CheckpointOptions *options) {
     json_t *state = json_pack("{s:i}", "step", STEPS);
     TRY(checkpoint_writer_create(r->model, r->optimizer, options, &writer));
     TRY(checkpoint_begin(writer, STEPS, state));
+    TRY(checkpoint_start(writer));
     TRY(team_agree(&r->team, checkpoint_wait(writer)));
     json_decref(state);
     parts[r->team.rank] = checkpoint_part(writer);
@@ -227,10 +228,10 @@ START_TEST(plan_is_one_part_for_each_rank) {
         ck_assert_uint_eq(memory_plan_total(&plan), owned * 8);
         ck_assert_ok(optimizer_plan(&table, &options, DTYPE_BF16, ranks, &plan));
         ck_assert_uint_eq(memory_plan_total(&plan), owned * (8 + 8 + 4));
-        ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, DTYPE_F32, &checkpoint, &saves));
+        ck_assert_ok(checkpoint_plan(&table, &table, DTYPE_F32, DTYPE_F32, &checkpoint, &saves));
         ck_assert_uint_eq(memory_plan_total(&saves), owned * 12);
         checkpoint.rank = 0; // which also writes model.safetensors
-        ck_assert_ok(checkpoint_plan(&table, DTYPE_F32, DTYPE_F32, &checkpoint, &first));
+        ck_assert_ok(checkpoint_plan(&table, &table, DTYPE_F32, DTYPE_F32, &checkpoint, &first));
         ck_assert_uint_eq(memory_plan_total(&first), owned * 12 + (uint64_t)table.total * 4);
         tensor_table_free(&table);
     }

@@ -45,14 +45,20 @@ typedef struct CheckpointOptions {
 typedef struct CheckpointWriter CheckpointWriter;
 
 // The snapshot of one rank. state_dtype is the optimizer's, compute_dtype the backend's; of the
-// options rank and world count, and the table is padded for as many.
-Status checkpoint_plan(const TensorTable *table, DType state_dtype, DType compute_dtype,
-                       const CheckpointOptions *options, MemoryPlan *plan) NODISCARD;
+// options rank and world count, and the table is padded for as many. `whole` is the same table, or
+// that of the whole model where a rank has only some of the experts.
+Status checkpoint_plan(const TensorTable *table, const TensorTable *whole, DType state_dtype,
+                       DType compute_dtype, const CheckpointOptions *options,
+                       MemoryPlan *plan) NODISCARD;
 Status checkpoint_writer_create(Model *model, Optimizer *optimizer,
                                 const CheckpointOptions *options, CheckpointWriter **out) NODISCARD;
-// Copies weights, m, v and `state` (borrowed, copied), starts the thread and returns. An earlier
-// save must have been collected with checkpoint_wait. With one rank the thread goes on to publish.
+// Copies weights, m, v and `state` (borrowed, copied) of this rank. An earlier save must have been
+// collected with checkpoint_wait.
 Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *state) NODISCARD;
+// When every rank has begun: starts the thread and returns. Where ranks share out experts they send
+// the first what it has not got, so that all start or none. With one rank the thread goes on to
+// publish.
+Status checkpoint_start(CheckpointWriter *writer) NODISCARD;
 // True while a save is being written: checkpoint_wait would block.
 bool checkpoint_busy(CheckpointWriter *writer);
 // Waits for the save in flight and returns how it ended; STATUS_OK when there is none.

@@ -1,9 +1,9 @@
 // Writing checkpoints in the background.
 //
-// checkpoint_begin copies what a save needs into memory that was reserved at the start and returns;
-// a thread of its own then writes, syncs, publishes and deletes old checkpoints. The thread touches
-// the snapshot, files and nothing else, so training goes on. It lives for one save; among several
-// ranks for one half of it, since in between they agree that all have written.
+// checkpoint_begin copies what a save needs into memory that was reserved at the start; a thread of
+// its own then writes, syncs, publishes and deletes old checkpoints. The thread touches the
+// snapshot, files and nothing else, so training goes on. It lives for one save; among several ranks
+// for one half of it, since in between they agree that all have written.
 //
 // A save that fails leaves no trace but its message: its directory is removed, which also gives
 // back the space on a full disk, and the checkpoints before it are untouched. fsync is never tried
@@ -60,15 +60,13 @@ static size_t snapshot_bytes(int64_t owned, SliceKind kind, DType state_dtype) {
 static size_t weights_bytes(const TensorTable *table, DType compute_dtype,
                             const CheckpointOptions *options) {
     if (options->world <= 1 || options->rank > 0) return 0;
-    if (table->layout.expert_ranks > 1) // of this rank, in a plan
-        return (size_t)table->parameters * dtype_bytes(compute_dtype);
     return tensor_table_copy_bytes(table, compute_dtype, table->total);
 }
 
-Status checkpoint_plan(const TensorTable *table, DType state_dtype, DType compute_dtype,
-                       const CheckpointOptions *options, MemoryPlan *plan) {
+Status checkpoint_plan(const TensorTable *table, const TensorTable *whole, DType state_dtype,
+                       DType compute_dtype, const CheckpointOptions *options, MemoryPlan *plan) {
     const int64_t owned = partition_owned(table, options->world > 1 ? options->world : 1);
-    uint64_t bytes = weights_bytes(table, compute_dtype, options);
+    uint64_t bytes = weights_bytes(whole, compute_dtype, options);
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         bytes += snapshot_bytes(owned, (SliceKind)kind, state_dtype);
     return memory_plan_add(plan, "checkpoint snapshot", bytes);
@@ -378,13 +376,16 @@ static Status snapshot_master(CheckpointWriter *writer) {
     return STATUS_OK;
 }
 
-// Of the groups of ranks that share experts the first sends its rank 0 what that has not got.
+// Of the groups of ranks that share out experts the first sends its rank 0 what that has not got.
+static bool shares_experts(const CheckpointWriter *writer) {
+    const Communicator *group = writer->model->experts;
+    return group && writer->options.rank < group->world;
+}
+
 static Status snapshot_weights(CheckpointWriter *writer) {
     Model *model = writer->model;
     Backend *backend = model->backend;
-    const bool shares = model->experts && writer->options.rank < model->experts->world;
-    if (shares) return expert_parallel_collect(model, writer->table, writer->weights);
-    if (!writer->weights) return STATUS_OK;
+    if (shares_experts(writer) || !writer->weights) return STATUS_OK;
     return backend->ops->download(
         backend, writer->weights, model->params,
         weights_bytes(writer->table, backend->compute_dtype, &writer->options));
@@ -410,7 +411,13 @@ Status checkpoint_begin(CheckpointWriter *writer, int64_t step, const json_t *st
     writer->state_text = text;
     writer->step = step;
     manifest_free(&writer->manifest);
-    TRY(take_snapshot(writer));
+    return take_snapshot(writer);
+}
+
+Status checkpoint_start(CheckpointWriter *writer) {
+    INVARIANT(!writer->running);
+    if (shares_experts(writer))
+        TRY(expert_parallel_collect(writer->model, writer->table, writer->weights));
     return start_thread(writer, save_thread);
 }
 

@@ -138,7 +138,8 @@ Status device_open(const DeviceOptions *options, Backend **out) {
 }
 
 int device_count(const DeviceOptions *options) {
-    return takes_gpu(options->choice) ? count_gpus() : 1;
+    const int count = takes_gpu(options->choice) ? count_gpus() : 1;
+    return count > 0 ? count : 1; // with none, that one cannot be opened says why
 }
 
 static bool is_gpu(const Backend *backend) {

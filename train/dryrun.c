@@ -204,7 +204,7 @@ static void print_what_fits(const DryRun *dry) {
 static Status print_memory(const DryRun *dry) {
     const Recipe *recipe = dry->recipe;
     char text[BYTES_TEXT_SIZE], what[64];
-    RunMemory training, calibration;
+    RunMemory training, calibration, whole;
     TRY(run_memory_plan(recipe, dry->backend, &dry->config, dry->ranks, &training));
     snprintf(what, sizeof what, dry->ranks > 1 ? "training, each of %d ranks" : "training",
              dry->ranks);
@@ -216,6 +216,11 @@ static Status print_memory(const DryRun *dry) {
         TRY(calibration_memory_plan(recipe, dry->backend, &dry->seed, &calibration));
         print_memory_plan(&calibration, "the calibration, given back before training");
         fits = fits && memory_fits(&calibration);
+    }
+    if (export_takes_whole_model(recipe)) {
+        TRY(export_memory_plan(recipe, dry->backend, &dry->config, &whole));
+        print_memory_plan(&whole, "the export on rank 0, once training is done");
+        if (!memory_fits(&whole)) printf("  does not fit: " EXPORT_ELSEWHERE "\n");
     }
     printf("\n%s\n", fits ? "fits" : "DOES NOT FIT");
     if (!fits) print_what_fits(dry);

@@ -78,7 +78,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     ModelOptions options;
     OptimizerOptions optimizer = prepare_optimizer_options(recipe);
     DataConfig data;
-    TensorTable table;
+    TensorTable table, whole = {0};
     MemoryPlan *device;
     Status status = STATUS_OK;
     TRY(begin_plan(backend, out, &device));
@@ -94,13 +94,25 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     if (recipe->parallel_pairwise)
         TRY_GOTO(pairwise_plan(&table, loader_micro_batches(&data.loader), device), done);
     CheckpointOptions checkpoint = {.rank = 0, .world = ranks};
-    TRY_GOTO(checkpoint_plan(&table, optimizer.state_dtype, backend->compute_dtype, &checkpoint,
+    TRY_GOTO(tensor_table_build(config, &whole), done);
+    TRY_GOTO(checkpoint_plan(&table, recipe->parallel_expert > 1 ? &whole : &table,
+                             optimizer.state_dtype, backend->compute_dtype, &checkpoint,
                              &out->machine),
              done);
     TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:
+    tensor_table_free(&whole);
     tensor_table_free(&table);
     return status;
+}
+
+Status export_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+                          RunMemory *out) {
+    ModelOptions options;
+    MemoryPlan *device;
+    TRY(begin_plan(backend, out, &device));
+    TRY(prepare_model_options(recipe, false, &options));
+    return model_plan(backend, config, &options, device);
 }
 
 Status calibration_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *seed,
@@ -232,6 +244,16 @@ static void warn_machine(const RunMemory *memory) {
              bytes_text(memory->machine_bytes, have));
 }
 
+static Status warn_export(const Recipe *recipe, Backend *backend, const ModelConfig *config) {
+    RunMemory memory;
+    if (!export_takes_whole_model(recipe)) return STATUS_OK;
+    TRY(export_memory_plan(recipe, backend, config, &memory));
+    if (!memory_fits(&memory))
+        log_warn("the export after the last step takes the whole model on rank 0 and does not fit "
+                 "there: " EXPORT_ELSEWHERE);
+    return STATUS_OK;
+}
+
 Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *config, int ranks) {
     RunMemory memory, smaller;
     char change[MEMORY_CHANGE_MAX], need[BYTES_TEXT_SIZE];
@@ -239,6 +261,7 @@ Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *c
     Text t = {.used = 0};
     TRY(run_memory_plan(recipe, backend, config, ranks, &memory));
     warn_machine(&memory);
+    TRY(warn_export(recipe, backend, config));
     if (gpu_suffices(&memory)) return STATUS_OK;
     add_table(&t, &memory, "training");
     if (memory_variant(&variant, backend, config, ranks, change, &smaller))
@@ -246,7 +269,8 @@ Status memory_check(const Recipe *recipe, Backend *backend, const ModelConfig *c
     else
         add_text(
             &t,
-            "\nno micro_batch, recompute or narrower state makes it fit; train a smaller model");
+            "\nno micro_batch, recompute or narrower state makes it fit; train a smaller model, or "
+            "share out its experts among more GPUs (parallel.expert)");
     FAIL(STATUS_USAGE, "%s", t.text);
 }
 

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include "train/recipe.h"
 #include "train/run.h"
 
 // Two plans, for two memories. Without a GPU everything is in `machine`.
@@ -27,6 +28,17 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
 // back before training takes its own.
 Status calibration_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *seed,
                                RunMemory *out) NODISCARD;
+// The export after the last step where ranks have shared out experts: rank 0 takes the whole model,
+// when training has given back its memory.
+Status export_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+                          RunMemory *out) NODISCARD;
+static inline bool export_takes_whole_model(const Recipe *recipe) {
+    return recipe->export_hf && recipe->parallel_expert > 1;
+}
+// What to do where that does not fit.
+#define EXPORT_ELSEWHERE                                                                           \
+    "run the same command once more with --device cpu --processes 1 --set parallel.expert=1 "      \
+    "--set train.grad_dtype=f32 when training is done, or set export.hf = false"
 bool memory_fits(const RunMemory *memory);
 // Bytes of the items that make up the training state: weights, gradients, AdamW's moments.
 uint64_t memory_training_state(const RunMemory *memory);

@@ -32,17 +32,33 @@ Status prepare_backend(const Recipe *recipe, int local_rank, Backend **out) {
     return device_open(&options, out);
 }
 
+// The setting that asks for a file of fp32 weights, which no rank of several in bf16 has whole; or
+// NULL.
+static const char *wants_fp32_files(const Recipe *recipe) {
+    if (recipe->checkpoint_dtype == WEIGHTS_F32) return "checkpoint.dtype";
+    return recipe->export_hf && recipe->export_dtype == WEIGHTS_F32 ? "export.dtype" : NULL;
+}
+
 int prepare_ranks(const Recipe *recipe) {
     if (recipe->parallel_processes > 0) return (int)recipe->parallel_processes;
     const DeviceOptions options = device_options(recipe, 0);
     const int devices = device_count(&options);
-    int ranks = devices;
-    while (ranks > 1 && recipe->train_global_batch % (recipe->train_micro_batch * ranks) != 0)
+    const bool narrow = recipe->run_gpu_precision != PRECISION_FP32;
+    // What several ranks on GPUs cannot do one can.
+    const char *alone = recipe->parallel_pairwise ? "parallel.pairwise"
+                        : narrow                  ? wants_fp32_files(recipe)
+                                                  : NULL;
+    int ranks = alone ? 1 : devices;
+    while (ranks > 1 && (recipe->train_global_batch % (recipe->train_micro_batch * ranks) != 0 ||
+                         ranks % recipe->parallel_expert != 0))
         ranks--;
-    if (ranks < devices)
-        log_info("%d of %d visible GPUs: train.global_batch = %" PRId64
-                 " sequences are no multiple of train.micro_batch = %" PRId64 " times more of them",
-                 ranks, devices, recipe->train_global_batch, recipe->train_micro_batch);
+    if (alone && devices > 1)
+        log_info("1 of %d visible GPUs, because of %s", devices, alone);
+    else if (ranks < devices)
+        log_info("%d of %d visible GPUs: among more of them train.global_batch = %" PRId64
+                 " sequences in micro-batches of %" PRId64 " do not divide%s",
+                 ranks, devices, recipe->train_global_batch, recipe->train_micro_batch,
+                 recipe->parallel_expert > 1 ? ", or parallel.expert does not divide them" : "");
     return ranks;
 }
 
@@ -84,7 +100,8 @@ static Status check_shares(const Recipe *recipe, int world) {
          global, recipe->train_micro_batch, world, hint);
 }
 
-// (Whether the experts divide is asked when their number is known: tensor_table_build_layout.)
+// (Whether the experts of a model that has them already divide is asked when it is known:
+// tensor_table_build_layout.)
 static Status check_expert_ranks(const Recipe *recipe, int world) {
     const int64_t group = recipe->parallel_expert;
     if (group == 1) return STATUS_OK;
@@ -93,6 +110,11 @@ static Status check_expert_ranks(const Recipe *recipe, int world) {
              "parallel.expert = %" PRId64 " does not divide %d ranks; set a divisor of %d, or "
              "start another number of ranks",
              group, world, world);
+    if (recipe->lfuc_enabled && recipe->lfuc_num_experts % group != 0)
+        FAIL(STATUS_USAGE,
+             "parallel.expert = %" PRId64 " does not divide lfuc.num_experts = %" PRId64
+             "; set a divisor of %" PRId64,
+             group, recipe->lfuc_num_experts, recipe->lfuc_num_experts);
     if (recipe->parallel_pairwise || recipe->parallel_zero == ZERO_2)
         FAIL(STATUS_USAGE,
              "parallel.expert = %" PRId64 " goes with parallel.zero = 1 and parallel.pairwise = "
@@ -110,9 +132,7 @@ Status prepare_check_world(const Recipe *recipe, const Backend *backend, int wor
              "parallel.pairwise = true sums up whole gradients, which no rank has with "
              "parallel.zero = 2; set it to 1");
     if (backend->compute_dtype == DTYPE_F32) return STATUS_OK;
-    const char *key = recipe->checkpoint_dtype == WEIGHTS_F32 ? "checkpoint.dtype"
-                      : recipe->export_hf && recipe->export_dtype == WEIGHTS_F32 ? "export.dtype"
-                                                                                 : NULL;
+    const char *key = wants_fp32_files(recipe);
     if (!key) return STATUS_OK;
     FAIL(STATUS_USAGE,
          "%s = f32: %d ranks share the fp32 weights and none has them whole; set it to bf16 (the "

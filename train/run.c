@@ -85,14 +85,32 @@ static void wait_as_told(Trainer *t) {
 }
 
 // The watchdog's limit is a little beyond the communicator's, which knows better who is to blame.
-// Threads start when nothing forks any more.
-static Status start_watching(Trainer *t) {
+static double hang_limit(const Trainer *t) {
     enum { LATER_SECONDS = 10 };
-    if (strcmp(t->backend->name, "cuda") == 0)
-        TRY(gpu_events_start(NULL, t->options->local_rank == 0, &t->gpu_events));
     double limit = t->recipe->parallel_hang_seconds;
-    double later = limit / 4 < LATER_SECONDS ? limit / 4 : LATER_SECONDS;
-    return watchdog_start(t->team.rank, limit + later, t->team.communicator, &t->watchdog);
+    return limit + (limit / 4 < LATER_SECONDS ? limit / 4 : LATER_SECONDS);
+}
+
+// Ranks are watched from where they wait for each other, and may have an hour's work first.
+static Status watch_setup(Trainer *t) {
+    double setup = (double)t->recipe->parallel_setup_seconds, limit = hang_limit(t);
+    if (t->team.world == 1) return STATUS_OK;
+    return watchdog_start(t->team.rank, setup > limit ? setup : limit, t->team.communicator,
+                          &t->watchdog);
+}
+
+static Status watch_steps(Trainer *t) {
+    if (t->watchdog) {
+        watchdog_allow(t->watchdog, hang_limit(t));
+        return STATUS_OK;
+    }
+    return watchdog_start(t->team.rank, hang_limit(t), t->team.communicator, &t->watchdog);
+}
+
+// Its thread starts when nothing forks any more.
+static Status watch_gpu(Trainer *t) {
+    if (strcmp(t->backend->name, "cuda") != 0) return STATUS_OK;
+    return gpu_events_start(NULL, t->options->local_rank == 0, &t->gpu_events);
 }
 
 static Status train(Trainer *t) {
@@ -109,9 +127,11 @@ static Status train(Trainer *t) {
     }
     TRY(trainer_open(t));
     wait_as_told(t);
+    TRY(watch_steps(t));
     if (t->profile) return run_profile(t);
-    TRY(start_watching(t));
+    TRY(watch_gpu(t));
     TRY(train_to_the_end(t));
+    watchdog_alone(t->watchdog);
     if (t->stop) return stopped(t);
     // The others have nothing left to do, and nobody waits for them. Writing the export and reading
     // it back takes long for a large model.
@@ -187,6 +207,7 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     TRY_GOTO(recipe_print(recipe, &t->recipe_text), done);
     if (options->profile_steps > 0) TRY_GOTO(open_profile(t), done);
     TRY_GOTO(open_team(t), done);
+    TRY_GOTO(watch_setup(t), done);
     TRY_GOTO(open_directory(t), done);
     stop_signal_install();
     status = train(t);
@@ -202,6 +223,7 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     free(t);
     return status;
 done:
+    watchdog_stop(t->watchdog);
     rundir_close(&t->dir);
     team_close(&t->team);
     close_profile(t);

@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "model/export_check.h"
 #include "model/hf.h"
+#include "train/memory.h"
 
 enum { RESULT_MAX_BYTES = 1 << 20 };
 
@@ -103,8 +104,12 @@ static Status gather_model(Trainer *t) {
     t->traffic = NULL;
     t->model = NULL;
     TRY(checkpoint_path(t->checkpoints, t->state.step, path));
+    // A run that began at its last step has nothing to save.
+    if (!io_is_directory(path)) TRY(io_path(path, "%s", t->resume_path));
     TRY(prepare_model_options(t->recipe, false, &options));
-    TRY(model_create(t->backend, &t->config, &options, &t->model));
+    Status status = model_create(t->backend, &t->config, &options, &t->model);
+    if (status != STATUS_OK)
+        return status_prefix(status, "the whole model for the export (" EXPORT_ELSEWHERE "): ");
     TRY(model_sums_create(t->model, &t->sums));
     if (t->recipe->router_balance_bias) TRY(model_set_selection_bias(t->model, t->state.bias));
     return checkpoint_load(path, t->model, NULL);

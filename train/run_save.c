@@ -118,6 +118,7 @@ static Status begin(Trainer *t) {
 Status save_begin(Trainer *t) {
     TRY(save_collect(t, true));
     Status status = team_agree(&t->team, begin(t));
+    if (status == STATUS_OK) status = team_agree(&t->team, checkpoint_start(t->writer));
     if (status == STATUS_COMMUNICATION) return status;
     if (status != STATUS_OK) {
         // Those who have begun end first.

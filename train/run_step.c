@@ -216,7 +216,8 @@ Status train_step(Trainer *t) {
     t->interval_wait += batch->wait_seconds;
     double seconds = clock_seconds() - start;
     t->interval_seconds += seconds;
-    if (c) step_times_add(&t->own_times, seconds - (c->waited_seconds - waited));
+    // Waits are told of a little late, those of an evaluation perhaps in the step behind it.
+    if (c) step_times_add(&t->own_times, fmax(0, seconds - (c->waited_seconds - waited)));
     show_progress(t, losses.total);
     return STATUS_OK;
 }

@@ -44,7 +44,7 @@ typedef struct Trainer {
     double wait_seconds;   // for another rank in a collective, once steps are made
     RunDir dir;            // locked by rank 0
     GpuEvents *gpu_events; // on a GPU, from the first step on
-    Watchdog *watchdog;    // from the first step on
+    Watchdog *watchdog;    // of several ranks from the start, of one from the first step on
     char checkpoints[IO_PATH_MAX]; // <run>/checkpoints
     char *recipe_text;             // resolved, as written to recipe.resolved.ini
 

@@ -23,6 +23,7 @@ struct Watchdog {
     pthread_cond_t changed;
     bool stopped;         // guarded by mutex
     _Atomic double limit; // seconds
+    atomic_bool alone;
     atomic_llong beat_ns; // of the latest beat
     atomic_llong step;
     _Atomic(const char *) phase;
@@ -66,7 +67,7 @@ static void end_rank(Watchdog *w, double idle) {
 static bool peer_is_lost(Watchdog *w) {
     Communicator *c = w->communicator;
     const char *name = c && c->ops->lost ? c->ops->lost(c) : NULL;
-    if (!name) return false;
+    if (!name || atomic_load(&w->alone)) return false;
     log_error("%s is lost: its connection is closed; this is rank %d, step %lld, %s", name, w->rank,
               (long long)atomic_load(&w->step), atomic_load(&w->phase));
     leave(w);
@@ -131,6 +132,10 @@ void watchdog_allow(Watchdog *w, double seconds) {
     if (!w) return;
     atomic_store(&w->beat_ns, clock_monotonic_ns());
     atomic_store(&w->limit, seconds);
+}
+
+void watchdog_alone(Watchdog *w) {
+    if (w) atomic_store(&w->alone, true);
 }
 
 void watchdog_stop(Watchdog *w) {

@@ -22,6 +22,7 @@ Status watchdog_start(int rank, double seconds, Communicator *communicator,
 // NULL is nothing.
 void watchdog_beat(Watchdog *watchdog, int64_t step, const char *phase);
 void watchdog_allow(Watchdog *watchdog, double seconds); // the limit from now on
-void watchdog_stop(Watchdog *watchdog);                  // NULL is nothing
+void watchdog_alone(Watchdog *watchdog); // other ranks are needed no more, and may leave
+void watchdog_stop(Watchdog *watchdog);  // NULL is nothing
 
 #endif

@@ -257,6 +257,28 @@ START_TEST(a_killed_rank_ends_all_and_the_same_command_continues) {
 }
 END_TEST
 
+// Before the first step ranks wait for each other much longer than in one.
+START_TEST(a_rank_that_dies_early_is_noticed) {
+    tiny_prepare();
+    for_each_world(world) {
+        for (int number = 1; number < 30; number += 9) {
+            GpuJob job = gpu_job(name_of("early", world), world);
+            Trigger trigger = {.number = number, .signal = SIGKILL};
+            job.job.victim = world - 1;
+            job.job.hook = on_operation;
+            job.job.context = &trigger;
+            start(world, &job);
+            ranks_join(world);
+            ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
+            for (int r = 0; r < world - 1; r++) {
+                ranks_expect(r, STATUS_COMMUNICATION, "is lost");
+                ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
+            }
+        }
+    }
+}
+END_TEST
+
 START_TEST(a_stopped_rank_is_noticed_in_time) {
     prepare();
     for_each_world(world) {
@@ -344,6 +366,7 @@ int main(int argc, char **argv) {
                                  TEST(every_run_has_the_same_bits),
                                  TEST(checkpoints_fit_any_number_of_gpus),
                                  TEST(a_killed_rank_ends_all_and_the_same_command_continues),
+                                 TEST(a_rank_that_dies_early_is_noticed),
                                  TEST(a_stopped_rank_is_noticed_in_time),
                                  TEST(a_signal_to_one_rank_saves_on_all),
                                  TEST(bad_numbers_on_one_rank_are_skipped_by_all),
