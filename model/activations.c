@@ -80,26 +80,16 @@ static void lay_out_routing(Layout *l, const LayerConfig *layer, Routing *routin
     routing->expert_begin = place(l->inside, experts + 1, sizeof(int32_t));
 }
 
-// Received rows, as many as the group can send.
-static void lay_out_received(Layout *l, const LayerConfig *config, ReceivedRows *received) {
-    uint64_t ranks = (uint64_t)l->model->options.expert_ranks, k = (uint64_t)config->top_k * ranks;
-    uint64_t borders = (uint64_t)config->num_experts / ranks + 1;
-    Routing *routing = &received->routing;
-    received->x = rows(l, l->inside, k * (uint64_t)l->model->config.hidden_size);
-    routing->gate = float_rows(l, l->inside, k);
-    routing->slot_of_row = place(l->inside, l->tokens * k, sizeof(int32_t));
-    routing->row_of_slot = place(l->inside, l->tokens * k, sizeof(int32_t));
-    routing->expert_begin = place(l->inside, ranks * borders, sizeof(int32_t));
-}
-
 static void lay_out_mlp(Layout *l, const LayerConfig *config, LayerActivations *layer) {
     const ModelConfig *c = &l->model->config;
     if (config->num_experts > 0) {
         lay_out_routing(l, config, &layer->routing);
         uint64_t width = 2 * (uint64_t)c->moe_intermediate_size, k = (uint64_t)config->top_k;
-        if (l->model->options.expert_ranks > 1) {
-            lay_out_received(l, config, &layer->received);
-            k *= (uint64_t)l->model->options.expert_ranks;
+        uint64_t ranks = (uint64_t)l->model->options.expert_ranks;
+        if (ranks > 1) {
+            uint64_t borders = ranks * ((uint64_t)config->num_experts / ranks + 1);
+            layer->received.expert_begin = place(l->inside, borders, sizeof(int32_t));
+            return;
         }
         layer->gate_up = rows(l, l->inside, k * width);
         return;
@@ -155,6 +145,24 @@ static int largest_top_k(const ModelConfig *c) {
     return top_k;
 }
 
+static void lay_out_rows(Layout *l, Arena *arena, uint64_t count, RowBuffers *out) {
+    const ModelConfig *c = &l->model->config;
+    out->x = place(arena, count * (uint64_t)c->hidden_size, l->width);
+    out->gate_up = place(arena, count * 2 * (uint64_t)c->moe_intermediate_size, l->width);
+    out->gate = place(arena, count, sizeof(float));
+    out->slot_of_row = place(arena, count, sizeof(int32_t));
+    out->row_of_slot = place(arena, count, sizeof(int32_t));
+}
+
+// What the options give room for, and never more than all layers can receive.
+static int64_t rows_of_pool(const Layout *l) {
+    const ModelConfig *c = &l->model->config;
+    const ModelOptions *o = &l->model->options;
+    double even = 0;
+    for (int i = 0; i < c->num_layers; i++) even += (double)l->tokens * c->layers[i].top_k;
+    return (int64_t)(even * (o->expert_room < o->expert_ranks ? o->expert_room : o->expert_ranks));
+}
+
 static void lay_out_travel(Layout *l) {
     const ModelConfig *c = &l->model->config;
     TravelBuffers *travel = &l->a->rows;
@@ -162,6 +170,9 @@ static void lay_out_travel(Layout *l) {
     uint64_t ranks = (uint64_t)l->model->options.expert_ranks;
     if (ranks <= 1) return;
     travel->most = (int64_t)(l->tokens * k * ranks);
+    travel->pool_rows = l->inside == &l->kept ? rows_of_pool(l) : 0;
+    lay_out_rows(l, &l->kept, (uint64_t)travel->pool_rows, &travel->pool);
+    lay_out_rows(l, &l->shared, (uint64_t)travel->most, &travel->scratch);
     travel->sent = rows(l, &l->shared, k * hidden);
     travel->sent_floats = float_rows(l, &l->shared, k);
     travel->out = rows(l, &l->shared, k * ranks * hidden);
@@ -251,7 +262,8 @@ static Status allocate_begins(Model *model) {
     if (ranks <= 1) return STATUS_OK;
     a->host_begins = calloc(layers * borders, sizeof *a->host_begins);
     a->rows.host_index = calloc(2 * most + ranks * borders, sizeof *a->rows.host_index);
-    if (!a->host_begins || !a->rows.host_index)
+    a->rows.used = calloc(ranks, sizeof *a->rows.used);
+    if (!a->host_begins || !a->rows.host_index || !a->rows.used)
         FAIL(STATUS_INTERNAL, "out of memory for the rows of %zu expert ranks", ranks);
     for (size_t i = 0; i < layers; i++) a->layers[i].received.begin = a->host_begins + i * borders;
     return STATUS_OK;
@@ -275,6 +287,7 @@ void activations_destroy(Model *model) {
     if (a->shared) backend->ops->release(backend, a->shared);
     if (a->kept) backend->ops->release(backend, a->kept);
     free(a->rows.host_index);
+    free(a->rows.used);
     free(a->host_begins);
     free(a->host_sums);
     free(a->layers);

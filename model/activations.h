@@ -18,24 +18,36 @@
 
 // Below: T = tokens of the largest micro-batch, H hidden size, Q width of a packed q|k|v row.
 
-// What a layer keeps of the rows that this rank's experts have received, at most R of them, where
-// experts are shared out (model/expert_parallel.h).
+// What backward reads of rows that this rank's experts have received, where experts are shared out
+// (model/expert_parallel.h).
+typedef struct RowBuffers {
+    void *x;                            // (rows, H)
+    void *gate_up;                      // (rows, 2I)
+    float *gate;                        // (rows)
+    int32_t *slot_of_row, *row_of_slot; // (rows)
+} RowBuffers;
+
+// The rows of one layer: at `place` of the pool, or, with -1, in the scratch, where those of
+// another layer may follow.
 typedef struct ReceivedRows {
-    void *x;         // (R, H)
-    Routing routing; // gate (R), slot_of_row (R), row_of_slot (R), expert_begin (ranks, N/E + 1)
-    int32_t *begin;  // (ranks, N + 1) every rank's expert_begin; host memory
+    int64_t place;
+    int32_t *expert_begin; // (ranks, N/E + 1) of a Routing of them
+    int32_t *begin;        // (ranks, N + 1) every rank's expert_begin; host memory
 } ReceivedRows;
 
-// And what layers share.
 typedef struct TravelBuffers {
-    int64_t most;        // R
-    void *sent;          // (T*k, H)
-    float *sent_floats;  // (T*k)
-    void *out;           // (R, H) of the experts, or their dx
-    void *dout;          // (R, H)
-    float *d_gate;       // (R)
-    int32_t *begin;      // (ranks, N + 1)
-    int32_t *host_index; // (2R + ranks (N/E + 1)) host memory, to make a routing in
+    int64_t most, pool_rows; // R: what one layer can receive; what the pool holds
+    RowBuffers pool;         // (pool_rows) of all layers, in the order of the forward pass
+    RowBuffers scratch;      // (R)
+    int scratch_layer;       // whose rows are there; -1: nobody's
+    void *sent;              // (T*k, H)
+    float *sent_floats;      // (T*k)
+    void *out;               // (R, H) of the experts, or their dx
+    void *dout;              // (R, H)
+    float *d_gate;           // (R)
+    int32_t *begin;          // (ranks, N + 1)
+    int32_t *host_index;     // (2R + ranks (N/E + 1)) host memory, to make a routing in
+    int64_t *used;           // (ranks) rows in each rank's pool; host memory
 } TravelBuffers;
 
 typedef struct LayerActivations {
@@ -50,7 +62,7 @@ typedef struct LayerActivations {
     void *middle;         // (T, H) residual stream after attention: h_l of METHOD.md
     float *middle_inv_rms;
     void *middle_normed; // (T, H) what the MLP reads
-    void *gate_up;       // (T, 2I), or (T*k, 2I) grouped by expert, or (R, 2I) of received rows
+    void *gate_up;       // (T, 2I), or (T*k, 2I) grouped by expert; NULL with shared-out experts
     void *activation;    // (T, I) of dense layers, or NULL: recomputed
     Routing routing;     // MoE layers
     ReceivedRows received;

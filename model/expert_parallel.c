@@ -17,6 +17,8 @@ typedef struct Group {
     int experts;    // of this rank
     int top_k;
     int64_t sent, received; // rows
+    void *x;                // those received,
+    Routing routing;        // and theirs
 } Group;
 
 static Group group_of(const Pass *p, int layer) {
@@ -62,9 +64,28 @@ static Status share_routing(Group *g) {
                                      bytes * (size_t)g->ranks);
 }
 
-static void count_received(Group *g) {
-    g->received = 0;
-    for (int r = 0; r < g->ranks; r++) g->received += rows_between(g, r, g->own);
+static int64_t received_by(const Group *g, int rank) {
+    int64_t rows = 0;
+    for (int r = 0; r < g->ranks; r++) rows += rows_between(g, r, rank);
+    return rows;
+}
+
+void expert_parallel_begin(Model *model) {
+    TravelBuffers *t = &model->activations->rows;
+    if (!model->experts) return;
+    memset(t->used, 0, (size_t)model->experts->world * sizeof *t->used);
+    t->scratch_layer = -1;
+}
+
+// In the pool where there is room on every rank of the group: all come to the same answer.
+static void choose_place(Group *g, int layer, bool again) {
+    TravelBuffers *t = &g->p->model->activations->rows;
+    bool fits = g->p->weights && !again;
+    for (int r = 0; r < g->ranks && fits; r++)
+        fits = t->used[r] + received_by(g, r) <= t->pool_rows;
+    g->layer->received.place = fits ? t->used[g->own] : -1;
+    if (!fits) t->scratch_layer = layer;
+    for (int r = 0; r < g->ranks && fits; r++) t->used[r] += received_by(g, r);
 }
 
 // The received rows of ranks [first, end), which are computed in one call.
@@ -109,7 +130,7 @@ static Status upload(const Group *g, int32_t *device, const int32_t *host, int64
 
 static Status route_received(Group *g) {
     const Activations *a = g->p->model->activations;
-    const Routing *routing = &g->layer->received.routing;
+    const Routing *routing = &g->routing;
     int32_t *slot_of_row = a->rows.host_index, *row_of_slot = slot_of_row + a->rows.most;
     int32_t *expert_begin = row_of_slot + a->rows.most;
     const int borders = g->experts + 1;
@@ -201,16 +222,25 @@ static Status run_experts(const Group *g, int layer,
     return STATUS_OK;
 }
 
+// Where the received rows lie, once they have a place.
+static void find_received(Group *g, int layer) {
+    const MoeFfnArgs args = args_received(g->p, layer, 0, 0, 0);
+    g->received = received_by(g, g->own);
+    g->x = (void *)args.x;
+    g->routing = args.routing;
+}
+
 Status expert_parallel_forward(const Pass *p, int layer, bool again) {
     const Activations *a = p->model->activations;
     Group g = group_of(p, layer);
     TRY(share_routing(&g));
-    count_received(&g);
+    choose_place(&g, layer, again);
+    find_received(&g, layer);
     TRY(route_received(&g));
-    TRY(send_tokens(&g, g.layer->middle_normed, g.layer->received.x));
+    TRY(send_tokens(&g, g.layer->middle_normed, g.x));
     TRY(gather_floats(&g, g.layer->routing.slot_of_row, g.layer->routing.gate,
                       a->rows.sent_floats));
-    TRY(travel(&g, false, a->rows.sent_floats, g.layer->received.routing.gate, sizeof(float)));
+    TRY(travel(&g, false, a->rows.sent_floats, g.routing.gate, sizeof(float)));
     TRY(run_experts(&g, layer, g.backend->ops->moe_ffn_forward, !again));
     return again ? STATUS_OK : fetch_tokens(&g, a->rows.out, a->branch);
 }
@@ -218,7 +248,8 @@ Status expert_parallel_forward(const Pass *p, int layer, bool again) {
 Status expert_parallel_backward(const Pass *p, int layer) {
     const Activations *a = p->model->activations;
     Group g = group_of(p, layer);
-    count_received(&g);
+    if (g.layer->received.place < 0 && a->rows.scratch_layer != layer)
+        TRY(expert_parallel_forward(p, layer, true));
     TRY(send_tokens(&g, a->d_stream, a->rows.dout));
     TRY(run_experts(&g, layer, g.backend->ops->moe_ffn_backward, true));
     TRY(fetch_tokens(&g, a->rows.out, a->d_normed));

@@ -9,8 +9,12 @@
 //
 // The gate travels with its row, so that what comes back needs only to be added up, and dgate comes
 // back in the same way. How many rows go where is known once the ranks of a group have told each
-// other their routing; the host waits for that once per layer and forward pass. A rank may receive
-// all the rows of its group, and has room for so many.
+// other their routing; the host waits for that once per layer and forward pass.
+//
+// A rank may receive all the rows of its group in one layer, and few in the next. There is room for
+// all of one layer; what the backward pass reads is kept in a pool that the layers fill one after
+// the other, and as large as ModelOptions.expert_room says. The rows of a layer that do not fit
+// there, on any rank of the group, travel again in the backward pass.
 //
 // In fp32 the rows of each rank are computed by themselves, in the order of the ranks: weight
 // gradients are then sums in the order of data parallelism, and the results the same to the bit
@@ -24,6 +28,7 @@
 
 // In place of the backend's moe_ffn_forward and moe_ffn_backward. `again`: what backward reads and
 // no more. All ranks of the group (Model.experts) make the same calls.
+void expert_parallel_begin(Model *model); // before a pass; nothing without Model.experts
 Status expert_parallel_forward(const Pass *p, int layer, bool again) NODISCARD;
 Status expert_parallel_backward(const Pass *p, int layer) NODISCARD;
 

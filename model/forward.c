@@ -125,6 +125,7 @@ Status forward_begin(Model *model, const MicroBatch *batch, const LossWeights *w
         .statistics = true,
     };
     Backend *backend = model->backend;
+    expert_parallel_begin(model);
     backend->ops->set_workspace(backend, a->workspace, a->workspace_bytes);
     TRY(upload_ids(backend, a->ids, batch->tokens, p->tokens));
     if (batch->targets) TRY(upload_ids(backend, a->targets, batch->targets, p->tokens));

@@ -38,6 +38,9 @@ typedef struct ModelOptions {
     // Rank expert_rank of expert_ranks that share the experts of each layer (TableLayout); 0 and
     // 1: just this one. Set Model.experts before the first pass then.
     int expert_ranks, expert_rank;
+    // Room to keep what backward reads of the rows that this rank's experts receive: so many times
+    // as many as all layers have if every rank gets the same. What does not fit is made again.
+    double expert_room;
 } ModelOptions;
 
 enum { MODEL_EXPERT_RANKS_MAX = 64 };

@@ -277,21 +277,23 @@ MoeFfnArgs args_received(const Pass *p, int layer, int64_t begin, int64_t rows, 
     const Model *m = p->model;
     const TravelBuffers *travel = &m->activations->rows;
     const ReceivedRows *received = &m->activations->layers[layer].received;
+    const RowBuffers *kept = received->place < 0 ? &travel->scratch : &travel->pool;
+    const int64_t at = begin + (received->place < 0 ? 0 : received->place);
     MoeFfnArgs args = args_moe_ffn(p, layer);
     args.tokens = rows;
     args.num_experts /= m->options.expert_ranks;
     args.top_k = 1;
-    args.x = rows_from(m, received->x, begin, args.hidden_size);
-    args.gate_up = rows_from(m, args.gate_up, begin, 2 * (int64_t)args.intermediate_size);
+    args.x = rows_from(m, kept->x, at, args.hidden_size);
+    args.gate_up = rows_from(m, kept->gate_up, at, 2 * (int64_t)args.intermediate_size);
     args.out = args.dx = rows_from(m, travel->out, begin, args.hidden_size);
     args.dout = rows_from(m, travel->dout, begin, args.hidden_size);
     args.dgate = travel->d_gate ? travel->d_gate + begin : NULL;
     args.routing = (Routing){0};
-    if (!received->routing.gate) return args; // planning
-    args.routing.gate = received->routing.gate + begin;
-    args.routing.slot_of_row = received->routing.slot_of_row + begin;
-    args.routing.row_of_slot = received->routing.row_of_slot + begin;
-    args.routing.expert_begin = received->routing.expert_begin + call * (args.num_experts + 1);
+    if (!kept->gate) return args; // planning
+    args.routing.gate = kept->gate + at;
+    args.routing.slot_of_row = kept->slot_of_row + at;
+    args.routing.row_of_slot = kept->row_of_slot + at;
+    args.routing.expert_begin = received->expert_begin + call * (args.num_experts + 1);
     return args;
 }
 

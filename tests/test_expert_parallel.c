@@ -62,14 +62,18 @@ typedef struct Variant {
 // In fp32, to the bit: rows of one rank are computed by themselves, and gradients added up in the
 // order of the ranks, as without.
 START_TEST(shared_experts_train_to_the_same_bits) {
+    // expert_room: all layers fit, some do, none does.
     static const Variant variants[] = {
+        {"none", {"parallel.expert_room=0", NULL}},
+        {"some", {"parallel.expert_room=0.5", NULL}},
+        {"most", {"parallel.expert_room=0.95", "lfuc.top_k=2", "train.recompute=norms"}},
         {"k1", {NULL}},
         {"k2", {"lfuc.top_k=2", "router.gate=renorm", NULL}},
         {"again", {"lfuc.top_k=3", "train.recompute=layer", "router.gate=straight_through"}},
         {"thin", {"router.balance=micro", "train.recompute=norms", "lfuc.elsewhere=dense"}},
     };
     tiny_prepare();
-    for (int v = 0; v < 4; v++) {
+    for (size_t v = 0; v < sizeof variants / sizeof variants[0]; v++) {
         for (int world = 2; world <= 4; world += 2) {
             char name[2][32];
             for (int shared = 0; shared < 2; shared++) {

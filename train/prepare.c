@@ -77,6 +77,7 @@ Status prepare_model_options(const Recipe *recipe, bool training, ModelOptions *
     *out = (ModelOptions){.micro_batch = recipe->train_micro_batch,
                           .sequence_length = recipe->data_sequence_length,
                           .training = training,
+                          .expert_room = recipe->parallel_expert_room,
                           .loss_chunk_tokens = recipe->train_loss_chunk_tokens};
     return parse_recompute(recipe->train_recompute, &out->recompute);
 }
