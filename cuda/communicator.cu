@@ -35,7 +35,9 @@ extern "C" {
 static_assert(NCCL_UNIQUE_ID_BYTES == CUDA_COMMUNICATOR_ID_BYTES, "the id's size in backend.h");
 
 enum { WAITS = 512, EVENTS = 64, WHERE_MAX = 160 };
-static const double POLL_SECONDS = 20e-6;
+// A collective is queued in some microseconds, and the shortest sleep takes 70: while a step waits
+// for the host, between the parts of the optimizer, that is time lost.
+static const double SPIN_SECONDS = 1e-3, POLL_SECONDS = 20e-6;
 
 // How long the compute stream stood still in its waits: pairs of events around each, read when the
 // device has passed them.
@@ -130,11 +132,12 @@ static Status ask_state(NcclCommunicator *c, ncclResult_t *state) {
 // Until what was asked of NCCL is queued: `result` is what the call returned.
 static Status finish(NcclCommunicator *c, ncclResult_t result) {
     char here[WHERE_MAX];
-    const double deadline = now_seconds() + c->base.timeout_seconds;
+    const double start = now_seconds(), deadline = start + c->base.timeout_seconds;
     const struct timespec pause = {0, (long)(POLL_SECONDS * 1e9)};
     while (result == ncclInProgress || result == ncclSuccess) {
         TRY(ask_state(c, &result));
         if (result == ncclSuccess) return STATUS_OK;
+        if (result == ncclInProgress && now_seconds() < start + SPIN_SECONDS) continue;
         TRY(check_peers(c));
         if (result == ncclInProgress && now_seconds() > deadline) {
             c->root->failed = true;
