@@ -158,9 +158,10 @@ static void lay_out_rows(Layout *l, Arena *arena, uint64_t count, RowBuffers *ou
 static int64_t rows_of_pool(const Layout *l) {
     const ModelConfig *c = &l->model->config;
     const ModelOptions *o = &l->model->options;
+    const double room = o->expert_room < o->expert_ranks ? o->expert_room : o->expert_ranks;
     double even = 0;
     for (int i = 0; i < c->num_layers; i++) even += (double)l->tokens * c->layers[i].top_k;
-    return (int64_t)(even * (o->expert_room < o->expert_ranks ? o->expert_room : o->expert_ranks));
+    return room > 0 ? (int64_t)(even * room) + c->num_layers * TRAVEL_ROWS_ALIGN : 0;
 }
 
 static void lay_out_travel(Layout *l) {

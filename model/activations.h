@@ -35,6 +35,7 @@ typedef struct ReceivedRows {
     int32_t *begin;        // (ranks, N + 1) every rank's expert_begin; host memory
 } ReceivedRows;
 
+enum { TRAVEL_ROWS_ALIGN = 128 };
 typedef struct TravelBuffers {
     int64_t most, pool_rows; // R: what one layer can receive; what the pool holds
     RowBuffers pool;         // (pool_rows) of all layers, in the order of the forward pass

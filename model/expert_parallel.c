@@ -7,6 +7,7 @@
 #include "model/expert_parallel.h"
 
 #include <string.h>
+#include "base/checked.h"
 
 typedef struct Group {
     const Pass *p;
@@ -77,15 +78,19 @@ void expert_parallel_begin(Model *model) {
     t->scratch_layer = -1;
 }
 
+// What a rank's rows take of its pool: layers begin where buffers do, for the matrix units' sake.
+static int64_t room_for(const Group *g, int rank) {
+    return (int64_t)round_up((uint64_t)received_by(g, rank), TRAVEL_ROWS_ALIGN);
+}
+
 // In the pool where there is room on every rank of the group: all come to the same answer.
 static void choose_place(Group *g, int layer, bool again) {
     TravelBuffers *t = &g->p->model->activations->rows;
     bool fits = g->p->weights && !again;
-    for (int r = 0; r < g->ranks && fits; r++)
-        fits = t->used[r] + received_by(g, r) <= t->pool_rows;
+    for (int r = 0; r < g->ranks && fits; r++) fits = t->used[r] + room_for(g, r) <= t->pool_rows;
     g->layer->received.place = fits ? t->used[g->own] : -1;
     if (!fits) t->scratch_layer = layer;
-    for (int r = 0; r < g->ranks && fits; r++) t->used[r] += received_by(g, r);
+    for (int r = 0; r < g->ranks && fits; r++) t->used[r] += room_for(g, r);
 }
 
 // The received rows of ranks [first, end), which are computed in one call.
