@@ -82,6 +82,29 @@ static void finish(int world, GpuJob *gpu) {
     expect_ok(world, gpu);
 }
 
+// Starts ranks of which one gets a signal at an operation on files, which are its clock.
+static void start_with_signal(int world, GpuJob *gpu, int victim, int number, int signal) {
+    Trigger trigger = {.number = number, .signal = signal};
+    gpu->job.victim = victim;
+    gpu->job.hook = on_operation;
+    gpu->job.context = &trigger;
+    start(world, gpu);
+}
+enum { IN_THE_MIDDLE_0 = 300, IN_THE_MIDDLE = 150 }; // of rank 0, of the others
+
+// The last rank is killed; the others notice, and long before they would call it a hang.
+static void lose_last(int world, GpuJob *gpu, int number) {
+    start_with_signal(world, gpu, world - 1, number, SIGKILL);
+    ranks_join(world);
+    ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
+    for (int r = 0; r < world - 1; r++) {
+        printf("rank %d of %d after %.1f s: %s\n", r, world, rank_results_[r].seconds,
+               rank_results_[r].message);
+        ranks_expect(r, STATUS_COMMUNICATION, "is lost");
+        ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
+    }
+}
+
 // The name of a run of this many ranks.
 static const char *name_of(const char *what, int world) {
     static char name[2][48];
@@ -181,17 +204,7 @@ START_TEST(a_killed_rank_of_an_expert_group_ends_all) {
     tiny_prepare();
     for_each_world(world) {
         GpuJob job = expert_job(name_of("lost", world), world, 2);
-        Trigger trigger = {.number = 150, .signal = SIGKILL};
-        job.job.victim = world - 1;
-        job.job.hook = on_operation;
-        job.job.context = &trigger;
-        start(world, &job);
-        ranks_join(world);
-        ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
-        for (int r = 0; r < world - 1; r++) {
-            ranks_expect(r, STATUS_COMMUNICATION, "is lost");
-            ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
-        }
+        lose_last(world, &job, IN_THE_MIDDLE);
         finish(world, &job);
     }
 }
@@ -213,12 +226,8 @@ START_TEST(checkpoints_fit_any_number_of_gpus) {
     prepare();
     GpuJob job = gpu_job("moves", 2);
     for (int i = 0; i < 3; i++) {
-        Trigger trigger = {.number = 150, .signal = SIGUSR1};
         tiny_set(&job.job.recipe, "train.micro_batch=%d", worlds[i] == 4 ? 1 : 2);
-        job.job.victim = i < 2 ? 0 : ALL_RANKS;
-        job.job.hook = on_operation;
-        job.job.context = &trigger;
-        start(worlds[i], &job);
+        start_with_signal(worlds[i], &job, i < 2 ? 0 : ALL_RANKS, IN_THE_MIDDLE, SIGUSR1);
         ranks_join(worlds[i]);
         for (int r = 0; r < worlds[i]; r++)
             ranks_expect(r, i < 2 ? STATUS_PREEMPTED : STATUS_OK, "");
@@ -229,28 +238,11 @@ END_TEST
 
 // --- Faults --------------------------------------------------------------------------------------
 
-// Its operations on files are its clock.
-static Trigger trigger_for(int victim, int signal) {
-    return (Trigger){.number = victim == 0 ? 300 : 150, .signal = signal};
-}
-
 START_TEST(a_killed_rank_ends_all_and_the_same_command_continues) {
     prepare();
     for_each_world(world) {
         GpuJob job = gpu_job(name_of("killed", world), world);
-        Trigger trigger = trigger_for(world - 1, SIGKILL);
-        job.job.victim = world - 1;
-        job.job.hook = on_operation;
-        job.job.context = &trigger;
-        start(world, &job);
-        ranks_join(world);
-        ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
-        for (int r = 0; r < world - 1; r++) {
-            printf("rank %d of %d after %.1f s: %s\n", r, world, rank_results_[r].seconds,
-                   rank_results_[r].message);
-            ranks_expect(r, STATUS_COMMUNICATION, "is lost");
-            ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
-        }
+        lose_last(world, &job, IN_THE_MIDDLE);
         finish(world, &job);
         expect_same_run_of(world, name_of("whole", world), name_of("killed", world));
     }
@@ -262,18 +254,10 @@ START_TEST(a_rank_that_dies_early_is_noticed) {
     tiny_prepare();
     for_each_world(world) {
         for (int number = 1; number < 30; number += 9) {
-            GpuJob job = gpu_job(name_of("early", world), world);
-            Trigger trigger = {.number = number, .signal = SIGKILL};
-            job.job.victim = world - 1;
-            job.job.hook = on_operation;
-            job.job.context = &trigger;
-            start(world, &job);
-            ranks_join(world);
-            ck_assert_int_eq(rank_results_[world - 1].status, RANK_KILLED + SIGKILL);
-            for (int r = 0; r < world - 1; r++) {
-                ranks_expect(r, STATUS_COMMUNICATION, "is lost");
-                ck_assert_double_lt(rank_results_[r].seconds, HANG_SECONDS);
-            }
+            char name[32];
+            snprintf(name, sizeof name, "early%d_%d", world, number);
+            GpuJob job = gpu_job(name, world);
+            lose_last(world, &job, number);
         }
     }
 }
@@ -283,12 +267,8 @@ START_TEST(a_stopped_rank_is_noticed_in_time) {
     prepare();
     for_each_world(world) {
         GpuJob job = gpu_job(name_of("stopped", world), world);
-        Trigger trigger = trigger_for(0, SIGSTOP);
         int how;
-        job.job.victim = 0;
-        job.job.hook = on_operation;
-        job.job.context = &trigger;
-        start(world, &job);
+        start_with_signal(world, &job, 0, IN_THE_MIDDLE_0, SIGSTOP);
         ck_assert_int_eq(waitpid(rank_pids_[0], &how, WUNTRACED), rank_pids_[0]);
         ck_assert(WIFSTOPPED(how));
         const double begin = clock_seconds();
@@ -311,11 +291,7 @@ START_TEST(a_signal_to_one_rank_saves_on_all) {
     prepare();
     for_each_world(world) {
         GpuJob job = gpu_job(name_of("preempted", world), world);
-        Trigger trigger = trigger_for(0, SIGUSR1);
-        job.job.victim = 0;
-        job.job.hook = on_operation;
-        job.job.context = &trigger;
-        start(world, &job);
+        start_with_signal(world, &job, 0, IN_THE_MIDDLE_0, SIGUSR1);
         ranks_join(world);
         for (int r = 0; r < world; r++) ranks_expect(r, STATUS_PREEMPTED, "stopped by SIGUSR1");
         finish(world, &job);
