@@ -26,7 +26,7 @@ class PlotError(Exception):
 
 
 def read_log(path):
-    """The records of a log by kind: {"step": [...], "eval": [...], "event": [...]}."""
+    """The records of a log by kind: {"step": [...], "eval": [...], "event": [...], "ranks": ...}."""
     if path.is_dir():
         path = path / "log.jsonl"
     try:
@@ -35,7 +35,7 @@ def read_log(path):
         raise PlotError(f"{path}: no such file; expected a run directory or its log") from None
     except OSError as error:
         raise PlotError(f"{path}: cannot read: {error.strerror}") from None
-    records = {"step": [], "eval": [], "event": []}
+    records = {"step": [], "eval": [], "event": [], "ranks": []}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

@@ -57,6 +57,10 @@ if "$train" --version | grep -q cuda; then # no device here: the rest of this fi
 else
     expect 2 "no CUDA backend" "$train" --recipe quickstart_dense --device cuda
 fi
+expect 2 "exclude each other" "$train" --recipe quickstart_dense --gpus 2 --device cpu
+expect 2 "run.directory is empty" "$train" --recipe quickstart_dense --set run.directory=
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 expect 2 "RANK is set" \
+    "$train" --recipe quickstart_dense --processes 2
 expect 2 "run.device = 'tpu'" "$train" --recipe quickstart_dense --device tpu
 expect 2 "--plan-only needs a recipe with lfuc.enabled" \
     "$train" --recipe quickstart_dense --plan-only

@@ -195,10 +195,10 @@ START_TEST(what_does_not_divide_is_refused_by_all) {
     ck_assert(!io_exists(tiny_run_path("bad", "plan"))); // before anything is measured
     job = expert_job("bad", 2, 2);
     tiny_set(&job.recipe, "parallel.zero=2");
-    expect_refused(&job, 2, "goes with parallel.zero = 1");
+    expect_refused(&job, 2, "does not go with parallel.zero = 2");
     job = expert_job("bad", 2, 2);
     tiny_set(&job.recipe, "parallel.pairwise=true");
-    expect_refused(&job, 2, "parallel.pairwise = false");
+    expect_refused(&job, 2, "does not go with parallel.pairwise = true");
     Job dense = job_of(tiny_dense_recipe("dense"));
     tiny_set(&dense.recipe, "parallel.expert=2");
     expect_refused(&dense, 2, "the model has no experts");

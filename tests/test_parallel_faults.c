@@ -261,6 +261,33 @@ START_TEST(a_failed_write_on_one_rank_fails_that_save_on_all) {
 }
 END_TEST
 
+// From the second save on nothing can be written any more: no log, no run_status.json.
+static int no_room(void *context, IoOp op, const char *path, size_t *bytes) {
+    bool *full = context;
+    (void)bytes;
+    if (op != IO_WRITE || !path || !strstr(path, "crammed")) return 0;
+    *full |= strstr(path, "step_00000008") != NULL;
+    return *full ? ENOSPC : 0;
+}
+
+START_TEST(a_disk_without_any_room_ends_the_run) {
+    tiny_prepare();
+    for (int world = 1; world <= 2; world++) {
+        char name[32];
+        bool full = false;
+        snprintf(name, sizeof name, "crammed%d", world);
+        Job job = job_of(tiny_dense_recipe(name));
+        tiny_set(&job.recipe, "checkpoint.max_failures=2");
+        job.victim = 0;
+        job.hook = no_room;
+        job.context = &full;
+        ranks_start(world, &comm_options, run_rank, &job);
+        ranks_join(world);
+        for (int r = 0; r < world; r++) ranks_expect(r, STATUS_IO, "2 saves in a row failed");
+    }
+}
+END_TEST
+
 // The disk of one rank fails in the middle of the run.
 static int broken_disk(void *context, IoOp op, const char *path, size_t *bytes) {
     int *reads = context;
@@ -422,16 +449,14 @@ START_TEST(what_only_one_rank_finds_wrong_ends_all) {
 }
 END_TEST
 
-TEST_MAIN_TIMEOUT("parallel faults", 300,
-                  TEST(a_killed_rank_ends_all_and_the_same_command_continues),
-                  TEST(a_signal_to_one_rank_stops_all),
-                  TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
-                  TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
-                  TEST(a_long_step_is_no_hang),
-                  TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
-                  TEST(a_rank_that_fails_by_itself_is_not_waited_for),
-                  TEST(any_failed_operation_of_a_save_fails_at_most_that_save),
-                  TEST(a_profile_shows_what_goes_between_ranks),
-                  TEST(batches_that_do_not_divide_are_refused_by_all),
-                  TEST(other_shards_on_one_rank_are_refused_by_all),
-                  TEST(what_only_one_rank_finds_wrong_ends_all))
+TEST_MAIN_TIMEOUT(
+    "parallel faults", 300, TEST(a_killed_rank_ends_all_and_the_same_command_continues),
+    TEST(a_signal_to_one_rank_stops_all), TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
+    TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
+    TEST(a_long_step_is_no_hang), TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
+    TEST(a_disk_without_any_room_ends_the_run), TEST(a_rank_that_fails_by_itself_is_not_waited_for),
+    TEST(any_failed_operation_of_a_save_fails_at_most_that_save),
+    TEST(a_profile_shows_what_goes_between_ranks),
+    TEST(batches_that_do_not_divide_are_refused_by_all),
+    TEST(other_shards_on_one_rank_are_refused_by_all),
+    TEST(what_only_one_rank_finds_wrong_ends_all))

@@ -247,6 +247,12 @@ START_TEST(resume_from_a_given_checkpoint_takes_the_other_course_away) {
     expect_exit(&recipe, &from, STATUS_OK);
     ck_assert_uint_eq(tiny_count_events("branch", "checkpoint"), 1);
 
+    // A checkpoint of a longer run is not the end of a shorter one.
+    Recipe shorter = tiny_moe_recipe("shorter");
+    shorter.train_steps = 12;
+    expect_exit(&shorter, &from, STATUS_USAGE);
+    expect_message(&shorter, "is of step 36, beyond the 12 steps of the recipe");
+
     // Back to an earlier point of the run itself: step 40 is kept, but out of the way.
     Recipe whole_recipe = tiny_moe_recipe("whole");
     expect_exit(&whole_recipe, &from, STATUS_OK);

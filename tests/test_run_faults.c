@@ -229,6 +229,9 @@ START_TEST(what_decides_the_model_or_the_data_may_not_change) {
     tiny_set(&allowed, "optim.state_dtype=bf16");
     expect_exit(&allowed, NULL, STATUS_OK);
     ck_assert_int_eq(tiny_newest("changed", MANIFEST_NAME, after), TINY_STEPS);
+    // Not even where nothing is left to do.
+    expect_exit(&allowed, NULL, STATUS_OK);
+    expect_refusal("run.seed=5", "run.seed: checkpoint 1, now 5");
 }
 END_TEST
 

@@ -169,6 +169,8 @@ START_TEST(asked_for_ends_do_not_count) {
     for (int i = 0; i < 5; i++) attempt("done", 0, STATUS_OK);
     for (int i = 0; i < 5; i++) attempt("preempted", 0, STATUS_PREEMPTED);
     for (int i = 0; i < 5; i++) attempt("failed", 0, STATUS_RECIPE_MISMATCH);
+    for (int i = 0; i < 5; i++) attempt("failed", 0, STATUS_MISSING_INPUT);
+    for (int i = 0; i < 5; i++) attempt("failed", 0, STATUS_CANNOT_WRITE);
     for (int i = 0; i < 3; i++) attempt("failed", 0, STATUS_BAD_DATA);
     RunDir dir;
     ck_assert_fails(open_run(&dir), STATUS_NO_PROGRESS, "3 attempts");

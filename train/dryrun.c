@@ -211,6 +211,9 @@ static Status print_memory(const DryRun *dry) {
     print_memory_plan(&training, what);
     printf("  training state (parameters, gradients, AdamW moments): %s\n",
            bytes_text(memory_training_state(&training), text));
+    if (training.processes > 1)
+        printf("  %d ranks on this machine: %s of its memory\n", training.processes,
+               bytes_text(memory_on_machine(&training), text));
     bool fits = memory_fits(&training);
     if (recipe->lfuc_enabled && dry->origin == PLAN_TO_MEASURE) {
         TRY(calibration_memory_plan(recipe, dry->backend, &dry->seed, &calibration));

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -167,4 +168,11 @@ Status launch_from_environment(Launch *out) {
         if (status != STATUS_OK) status = status_prefix(status, "started by srun: ");
     }
     return status;
+}
+
+int launch_cores_for(int processes) {
+    cpu_set_t usable;
+    if (sched_getaffinity(0, sizeof usable, &usable) != 0) return 1;
+    int each = CPU_COUNT(&usable) / processes;
+    return each > 1 ? each : 1;
 }

@@ -37,4 +37,7 @@ Status launch_from_environment(Launch *out) NODISCARD;
 // The first host of Slurm's list ("gpu[003-005,9],login" -> "gpu003").
 Status launch_first_host(const char *list, char *out, size_t room) NODISCARD;
 
+// What each of so many processes on this machine has of the cores that this one may use.
+int launch_cores_for(int processes);
+
 #endif

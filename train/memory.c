@@ -65,7 +65,8 @@ uint64_t memory_training_state(const RunMemory *memory) {
 // Where the backend's allocations go; limits, and what is there already.
 static Status begin_plan(Backend *backend, RunMemory *out, MemoryPlan **device) {
     uint64_t total;
-    *out = (RunMemory){.machine_bytes = memory_of_machine(), .device_name = backend->device_name};
+    *out = (RunMemory){
+        .machine_bytes = memory_of_machine(), .processes = 1, .device_name = backend->device_name};
     TRY(backend->ops->memory(backend, &out->gpu_bytes, &total));
     out->on_gpu = total > 0;
     *device = out->on_gpu ? &out->gpu : &out->machine;
@@ -87,6 +88,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     options.ranks = data.loader.world = ranks;
     options.share_gradients = ranks > 1 && recipe->parallel_zero == ZERO_2;
     options.expert_ranks = (int)recipe->parallel_expert;
+    if (ranks > 1 && recipe->parallel_processes == ranks) out->processes = ranks;
     TRY(model_plan(backend, config, &options, device));
     TRY(model_table(config, &options, &table));
     TRY_GOTO(traffic_plan(&table, &options, device), done);
@@ -131,8 +133,12 @@ static bool gpu_suffices(const RunMemory *memory) {
     return !memory->on_gpu || memory_plan_total(&memory->gpu) <= memory->gpu_bytes;
 }
 
+uint64_t memory_on_machine(const RunMemory *memory) {
+    return memory_plan_total(&memory->machine) * (uint64_t)memory->processes;
+}
+
 bool memory_fits(const RunMemory *memory) {
-    return memory_plan_total(&memory->machine) <= memory->machine_bytes && gpu_suffices(memory);
+    return memory_on_machine(memory) <= memory->machine_bytes && gpu_suffices(memory);
 }
 
 // --- What to change ------------------------------------------------------------------------------
@@ -237,11 +243,10 @@ static void add_table(Text *t, const RunMemory *memory, const char *what) {
 
 static void warn_machine(const RunMemory *memory) {
     char need[BYTES_TEXT_SIZE], have[BYTES_TEXT_SIZE];
-    if (memory_plan_total(&memory->machine) <= memory->machine_bytes) return;
+    if (memory_on_machine(memory) <= memory->machine_bytes) return;
     log_warn("training needs about %s, this machine has %s; the system may kill it (train "
              "--dry-run says what to change)",
-             bytes_text(memory_plan_total(&memory->machine), need),
-             bytes_text(memory->machine_bytes, have));
+             bytes_text(memory_on_machine(memory), need), bytes_text(memory->machine_bytes, have));
 }
 
 static Status warn_export(const Recipe *recipe, Backend *backend, const ModelConfig *config) {

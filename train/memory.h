@@ -13,6 +13,7 @@ typedef struct RunMemory {
     uint64_t machine_bytes; // this process may use
     uint64_t gpu_bytes;     // are free
     bool on_gpu;
+    int processes; // that share the machine: the ranks that the program itself starts there
     const char *device_name;
 } RunMemory;
 
@@ -39,6 +40,8 @@ static inline bool export_takes_whole_model(const Recipe *recipe) {
 #define EXPORT_ELSEWHERE                                                                           \
     "run the same command once more with --device cpu --processes 1 --set parallel.expert=1 "      \
     "--set train.grad_dtype=f32 when training is done, or set export.hf = false"
+// Of the machine's memory, by all its processes together.
+uint64_t memory_on_machine(const RunMemory *memory);
 bool memory_fits(const RunMemory *memory);
 // Bytes of the items that make up the training state: weights, gradients, AdamW's moments.
 uint64_t memory_training_state(const RunMemory *memory);

@@ -117,10 +117,9 @@ static Status check_expert_ranks(const Recipe *recipe, int world) {
              "; set a divisor of %" PRId64,
              group, recipe->lfuc_num_experts, recipe->lfuc_num_experts);
     if (recipe->parallel_pairwise || recipe->parallel_zero == ZERO_2)
-        FAIL(STATUS_USAGE,
-             "parallel.expert = %" PRId64 " goes with parallel.zero = 1 and parallel.pairwise = "
-             "false only",
-             group);
+        FAIL(STATUS_USAGE, "parallel.expert = %" PRId64 " does not go with parallel.%s", group,
+             recipe->parallel_pairwise ? "pairwise = true; set it to false"
+                                       : "zero = 2; set it to 1");
     return STATUS_OK;
 }
 

@@ -23,6 +23,12 @@ static Status check_data(const Recipe *r) {
     return STATUS_OK;
 }
 
+static Status check_run(const Recipe *r) {
+    if (!r->run_directory[0])
+        FAIL(STATUS_USAGE, "run.directory is empty; name a directory, such as runs");
+    return STATUS_OK;
+}
+
 static Status check_training(const Recipe *r) {
     if (r->train_steps == 0 && r->train_tokens == 0)
         FAIL(STATUS_USAGE, "train.steps and train.tokens are both 0; one must say how long to "
@@ -116,6 +122,7 @@ static Status check_fusion(const Recipe *r) {
 Status recipe_check(const Recipe *recipe) {
     char name[IO_PATH_MAX];
     TRY(recipe_run_name(recipe, name, sizeof name));
+    TRY(check_run(recipe));
     TRY(check_data(recipe));
     TRY(check_training(recipe));
     TRY(check_optimizer(recipe));

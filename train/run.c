@@ -113,10 +113,21 @@ static Status watch_gpu(Trainer *t) {
     return gpu_events_start(NULL, t->options->local_rank == 0, &t->gpu_events);
 }
 
+// That what is continued is this recipe's run, also where nothing is left to do.
+static Status check_resumed(Trainer *t) {
+    TRY(resume_check_recipe(t));
+    if (t->options->resume != RESUME_FROM || t->resume_step <= t->total_steps) return STATUS_OK;
+    FAIL(STATUS_USAGE,
+         "--resume %s: is of step %" PRId64 ", beyond the %" PRId64 " steps of the recipe; raise "
+         "train.steps or train.tokens, or name an earlier checkpoint",
+         t->resume_path, t->resume_step, t->total_steps);
+}
+
 static Status train(Trainer *t) {
     bool finished;
     TRY(ranks_first_only(t, resume_choose));
     TRY(ranks_share_resume(t));
+    TRY(ranks_first_only(t, check_resumed));
     if (t->resume_step > 0) t->saved_step = t->resume_step;
     TRY(ranks_share_finished(t, &finished));
     if (finished) {

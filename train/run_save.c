@@ -26,12 +26,15 @@ static Status save_failed(Trainer *t, int64_t step) {
     int most = (int)t->recipe->checkpoint_max_failures;
     t->failed_saves++;
     t->unsaved = true;
+    // Taken before anything else is written, which may fail on the same disk.
+    status_take(&t->save_failure);
+    const char *why = t->save_failure.message;
     if (t->team.rank == 0)
         log_warn("the checkpoint of step %" PRId64 " was not saved (failure %d of at most %d in a "
-                 "row), training goes on: %s",
-                 step, t->failed_saves, most, status_message());
-    report_event(t->report, step, "save_failed", status_message());
-    status_take(&t->save_failure);
+                 "row)%s: %s",
+                 step, t->failed_saves, most, t->failed_saves < most ? ", training goes on" : "",
+                 why);
+    report_event(t->report, step, "save_failed", why);
     if (t->failed_saves < most) return STATUS_OK;
     status_put(&t->save_failure);
     return status_prefix(t->save_failure.code, "%d saves in a row failed, the last: ", most);

@@ -155,8 +155,7 @@ static void say_what_starts(const Trainer *t) {
                  recipe_tokens_per_step(t->recipe));
 }
 
-static Status open_recipe(Trainer *t) {
-    TRY(resume_check_recipe(t));
+static Status start_anew(Trainer *t) {
     return resume_start_anew(t);
 }
 
@@ -169,7 +168,7 @@ static Status open_config(Trainer *t) {
 }
 
 static Status open_all(Trainer *t) {
-    TRY(ranks_first_only(t, open_recipe));
+    TRY(ranks_first_only(t, start_anew));
     TRY(ranks_in_turn(t, open_config));
     TRY(ranks_in_turn(t, open_data)); // rank 0 verifies shards, the others find that done
     TRY(ranks_compare_data(t));

@@ -215,6 +215,13 @@ static int64_t int_member(const json_t *record, const char *key) {
 
 // How many of the newest attempts in a row ended without progress. Ends that were asked for, and
 // mistakes in the command or recipe that a person is correcting, do not count but end the row.
+// Of the command line, the recipe, the inputs or the place to write to: found before anything is
+// computed, and mended between two attempts. (Bad data may be found after hours.)
+static bool is_mistake(Status code) {
+    return code == STATUS_USAGE || code == STATUS_RECIPE_MISMATCH || code == STATUS_MISSING_INPUT ||
+           code == STATUS_CANNOT_WRITE;
+}
+
 static int attempts_without_progress(const json_t *attempts) {
     int64_t best = 0;
     int row = 0;
@@ -224,8 +231,7 @@ static int attempts_without_progress(const json_t *attempts) {
         const char *state = json_string_value(json_object_get(record, "state"));
         int64_t code = int_member(record, "code"), step = int_member(record, "step");
         bool excused = state && (strcmp(state, "done") == 0 || strcmp(state, "preempted") == 0);
-        excused |=
-            code == STATUS_USAGE || code == STATUS_RECIPE_MISMATCH || code == STATUS_NO_PROGRESS;
+        excused |= is_mistake((Status)code) || code == STATUS_NO_PROGRESS;
         row = excused || step > best ? 0 : row + 1;
         if (step > best) best = step;
     }

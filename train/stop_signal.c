@@ -7,10 +7,13 @@
 // pending the kernel keeps one.)
 #include "train/stop_signal.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 #include "base/clock.h"
+#include "base/log.h"
 #include "train/launch.h"
 
 static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
@@ -18,9 +21,22 @@ enum { NUM_SIGNALS = sizeof signals / sizeof signals[0], SHELL_SIGNAL_BASE = 128
 static const int64_t ECHO_NS = 2000000000;
 
 static volatile sig_atomic_t received; // the first signal; 0 = none
-static struct sigaction before[NUM_SIGNALS];
+static struct sigaction before[NUM_SIGNALS], pipe_before;
 static bool has_parent;     // of train/supervisor.h
+static bool speaks;         // says that it has heard
 static int64_t received_ns; // when
+
+// Steps may be long. Only what a handler may call: no printf.
+static void say_heard(void) {
+    static const char text[] = "; the run saves after this step and stops; a second signal ends it "
+                               "at once\n";
+    const char *name = stop_signal_name();
+    int kept = errno;
+    if (write(STDERR_FILENO, "info: ", 6) < 0 || write(STDERR_FILENO, name, strlen(name)) < 0 ||
+        write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        speaks = false;
+    errno = kept;
+}
 
 static void on_signal(int number) {
     int64_t now = clock_monotonic_ns(); // clock_gettime may be called here
@@ -28,18 +44,24 @@ static void on_signal(int number) {
     if (received) _exit(SHELL_SIGNAL_BASE + number); // what a shell reports for a killed process
     received_ns = now;
     received = number;
+    if (speaks) say_heard();
 }
 
 void stop_signal_install(void) {
     has_parent = getenv(LAUNCH_PARENT) != NULL;
+    speaks = log_enabled(LOG_INFO); // of several ranks the first
     received = 0;
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigfillset(&action.sa_mask); // one at a time
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &action, &before[i]);
+    // Whoever reads the output may go: a parent that was killed, `tee`.
+    action = (struct sigaction){.sa_handler = SIG_IGN};
+    sigaction(SIGPIPE, &action, &pipe_before);
 }
 
 void stop_signal_restore(void) {
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &before[i], NULL);
+    sigaction(SIGPIPE, &pipe_before, NULL);
 }
 
 bool stop_requested(void) {

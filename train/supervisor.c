@@ -14,7 +14,6 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -133,13 +132,6 @@ static void set_number(const char *name, long value) {
     setenv(name, text, 1);
 }
 
-static long cores_for(int processes) {
-    cpu_set_t usable;
-    if (sched_getaffinity(0, sizeof usable, &usable) != 0) return 1;
-    int each = CPU_COUNT(&usable) / processes;
-    return each > 1 ? each : 1;
-}
-
 // Between fork and exec. The parent has one thread, so anything is allowed here.
 static void become_rank(const Parent *parent, const Start *start, int rank, int output) {
     const SupervisorOptions *options = parent->options;
@@ -162,7 +154,8 @@ static void become_rank(const Parent *parent, const Start *start, int rank, int 
         fcntl(start->listener, F_SETFD, 0);
     }
     // Ranks that each took all cores would be in each other's way.
-    if (!getenv("OMP_NUM_THREADS")) set_number("OMP_NUM_THREADS", cores_for(options->processes));
+    if (!getenv("OMP_NUM_THREADS"))
+        set_number("OMP_NUM_THREADS", launch_cores_for(options->processes));
     if (output >= 0) {
         dup2(output, STDOUT_FILENO);
         dup2(output, STDERR_FILENO);

@@ -190,6 +190,9 @@ static Status read_arguments(int argc, char **argv, Arguments *arguments) {
     if (optind < argc)
         FAIL(STATUS_USAGE, "unexpected argument %s; a recipe is given with --recipe %s",
              argv[optind], argv[optind]);
+    if (arguments->on_gpus && strcmp(arguments->device, "run.device=cpu") == 0)
+        FAIL(STATUS_USAGE, "--gpus and --device cpu exclude each other; ranks on CPUs are "
+                           "--processes");
     bool profile = arguments->run.profile_steps > 0;
     if (arguments->dry_run + arguments->plan_only + arguments->surgery_only + profile > 1)
         FAIL(STATUS_USAGE,
@@ -212,7 +215,10 @@ static Status load(Arguments *arguments, Recipe *recipe) {
 static Status start_ranks(const Arguments *arguments, int ranks, int argc, char **argv,
                           int *exit_code) {
     static char resume[] = "--resume", automatic[] = "auto";
-    if (arguments->on_gpus) TRY(device_check(&(DeviceOptions){.choice = DEVICE_CUDA}));
+    if (arguments->on_gpus) {
+        Status status = device_check(&(DeviceOptions){.choice = DEVICE_CUDA});
+        if (status != STATUS_OK) return status_prefix(status, "--gpus: ");
+    }
     char **again = calloc((size_t)argc + 3, sizeof *again);
     if (!again) FAIL(STATUS_INTERNAL, "out of memory for the arguments");
     memcpy(again, argv, (size_t)argc * sizeof *again);
@@ -247,6 +253,12 @@ static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **arg
     TRY(load(arguments, recipe));
     if (arguments->print_directory) return print_directory(recipe);
     TRY(launch_from_environment(&launch));
+    if (launch.kind == LAUNCH_HAND && arguments->processes[0] && !getenv(LAUNCH_PARENT))
+        FAIL(STATUS_USAGE,
+             "RANK is set: this is one of %d ranks that somebody starts, and "
+             "--processes and --gpus start ranks; unset RANK and its kin, or leave "
+             "them out",
+             launch.world);
     int ranks = launch.kind == LAUNCH_NONE ? prepare_ranks(recipe) : launch.world;
     if (only_prints(arguments) && launch.rank > 0) return STATUS_OK; // rank 0 does it
     if (arguments->dry_run) return dry_run(recipe, ranks);

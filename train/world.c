@@ -122,8 +122,28 @@ static Status agree_on_devices(World *world) {
     return rendezvous_broadcast(world->rendezvous, "communicator id", world->id, sizeof world->id);
 }
 
+// How many ranks are on this one's host; their names begin with it.
+static int ranks_here(const World *world) {
+    const char *own = rendezvous_name(world->rendezvous, world->launch->rank);
+    const size_t host = strcspn(own, ",") + 1;
+    int count = 0;
+    for (int r = 0; r < world->launch->world; r++)
+        count += strncmp(rendezvous_name(world->rendezvous, r), own, host) == 0;
+    return count;
+}
+
+// Ranks that somebody has started by hand, and not bound to cores, share those of their host.
+// (Slurm binds its tasks; the parent of ranks has told them.)
 static Status open_backend(World *world, const Recipe *recipe) {
-    return prepare_backend(recipe, world->launch->local_rank, &world->backend);
+    const bool told = recipe->run_threads > 0 || getenv("OMP_NUM_THREADS");
+    Recipe *own = malloc(sizeof *own);
+    if (!own) FAIL(STATUS_INTERNAL, "out of memory for the recipe");
+    *own = *recipe;
+    if (!told && world->launch->kind == LAUNCH_HAND)
+        own->run_threads = launch_cores_for(ranks_here(world));
+    Status status = prepare_backend(own, world->launch->local_rank, &world->backend);
+    free(own);
+    return status;
 }
 
 static Status connect_ranks(World *world, const Recipe *recipe) {
