@@ -1,6 +1,7 @@
 // Requests to stop: SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask the run to finish its step,
-// save and exit with STATUS_PREEMPTED. A second one ends the process at once; in a rank
-// that train/supervisor.h has started, one that comes some seconds later.
+// save and exit with STATUS_PREEMPTED. A second one ends the process at once; in a rank that
+// train/supervisor.h has started, one that comes some seconds later. Meanwhile output that nobody
+// reads any more is lost and ends nothing (SIGPIPE).
 #ifndef TRAIN_STOP_SIGNAL_H
 #define TRAIN_STOP_SIGNAL_H
 
