@@ -170,6 +170,14 @@ Status launch_from_environment(Launch *out) {
     return status;
 }
 
+bool launch_all_here(void) {
+    Launch launch;
+    if (getenv(LAUNCH_PARENT)) return true;
+    if (launch_from_environment(&launch) == STATUS_OK) return launch.kind == LAUNCH_NONE;
+    status_clear();
+    return false;
+}
+
 int launch_cores_for(int processes) {
     cpu_set_t usable;
     if (sched_getaffinity(0, sizeof usable, &usable) != 0) return 1;

@@ -7,6 +7,7 @@
 #ifndef TRAIN_LAUNCH_H
 #define TRAIN_LAUNCH_H
 
+#include <stdbool.h>
 #include "base/net.h"
 #include "base/status.h"
 #include "train/rendezvous.h"
@@ -36,6 +37,10 @@ Status launch_from_environment(Launch *out) NODISCARD;
 
 // The first host of Slurm's list ("gpu[003-005,9],login" -> "gpu003").
 Status launch_first_host(const char *list, char *out, size_t room) NODISCARD;
+
+// Whether all ranks of a run are on this machine, as far as this process can tell: it starts them
+// itself, or its parent has.
+bool launch_all_here(void);
 
 // What each of so many processes on this machine has of the cores that this one may use.
 int launch_cores_for(int processes);

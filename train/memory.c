@@ -15,6 +15,7 @@
 #include "model/similarity.h"
 #include "optim/pairwise.h"
 #include "train/checkpoint.h"
+#include "train/launch.h"
 
 // What the GPU libraries load when an op first runs: code, tables, plans of attention.
 enum { GPU_LIBRARIES_BYTES = 256 << 20 };
@@ -88,7 +89,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     options.ranks = data.loader.world = ranks;
     options.share_gradients = ranks > 1 && recipe->parallel_zero == ZERO_2;
     options.expert_ranks = (int)recipe->parallel_expert;
-    if (ranks > 1 && recipe->parallel_processes == ranks) out->processes = ranks;
+    if (launch_all_here()) out->processes = ranks;
     TRY(model_plan(backend, config, &options, device));
     TRY(model_table(config, &options, &table));
     TRY_GOTO(traffic_plan(&table, &options, device), done);

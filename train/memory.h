@@ -13,7 +13,7 @@ typedef struct RunMemory {
     uint64_t machine_bytes; // this process may use
     uint64_t gpu_bytes;     // are free
     bool on_gpu;
-    int processes; // that share the machine: the ranks that the program itself starts there
+    int processes; // that share the machine: all ranks, where they are all there
     const char *device_name;
 } RunMemory;
 

@@ -213,8 +213,6 @@ static int64_t int_member(const json_t *record, const char *key) {
     return json_integer_value(json_object_get(record, key)); // 0 when it is not an integer
 }
 
-// How many of the newest attempts in a row ended without progress. Ends that were asked for, and
-// mistakes in the command or recipe that a person is correcting, do not count but end the row.
 // Of the command line, the recipe, the inputs or the place to write to: found before anything is
 // computed, and mended between two attempts. (Bad data may be found after hours.)
 static bool is_mistake(Status code) {
@@ -222,6 +220,8 @@ static bool is_mistake(Status code) {
            code == STATUS_CANNOT_WRITE;
 }
 
+// How many of the newest attempts in a row ended without progress. Ends that were asked for, and
+// mistakes that a person is correcting, do not count but end the row.
 static int attempts_without_progress(const json_t *attempts) {
     int64_t best = 0;
     int row = 0;
