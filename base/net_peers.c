@@ -49,13 +49,10 @@ const char *net_peers_lost(NetPeers *p) {
     return lost;
 }
 
-static void release(NetPeers *p) {
+void net_peers_give_back(NetPeers *p) {
+    if (!p) return;
     pthread_mutex_destroy(&p->mutex);
     free(p);
-}
-
-void net_peers_give_back(NetPeers *p) {
-    if (p) release(p);
 }
 
 void net_peers_close(NetPeers *p, bool farewell) {
@@ -68,5 +65,5 @@ void net_peers_close(NetPeers *p, bool farewell) {
         if (farewell) (void)net_send_some(p->peers[i].fd, &byte, 1, &gone, &why);
         net_close(p->peers[i].fd);
     }
-    release(p);
+    net_peers_give_back(p);
 }

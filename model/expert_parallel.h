@@ -4,8 +4,7 @@
 //
 //   rank r of the group has experts [r N/E, (r+1) N/E)
 //   forward    rows of x, by expert -> all-to-all -> the experts' MLPs -> all-to-all -> out[t]
-//   backward   rows of dout         -> all-to-all -> their backward    -> all-to-all -> dx[t],
-//   dgate
+//   backward   rows of dout -> all-to-all -> the experts' backward -> all-to-all -> dx[t], dgate
 //
 // The gate travels with its row, so that what comes back needs only to be added up, and dgate comes
 // back in the same way. How many rows go where is known once the ranks of a group have told each

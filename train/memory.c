@@ -109,22 +109,26 @@ done:
     return status;
 }
 
+// A model that is not trained.
+static Status plan_forward_only(const Recipe *recipe, Backend *backend, const ModelConfig *config,
+                                RunMemory *out, ModelOptions *options, MemoryPlan **device) {
+    TRY(begin_plan(backend, out, device));
+    TRY(prepare_model_options(recipe, false, options));
+    return model_plan(backend, config, options, *device);
+}
+
 Status export_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *config,
                           RunMemory *out) {
     ModelOptions options;
     MemoryPlan *device;
-    TRY(begin_plan(backend, out, &device));
-    TRY(prepare_model_options(recipe, false, &options));
-    return model_plan(backend, config, &options, device);
+    return plan_forward_only(recipe, backend, config, out, &options, &device);
 }
 
 Status calibration_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig *seed,
                                RunMemory *out) {
     ModelOptions options;
     MemoryPlan *device;
-    TRY(begin_plan(backend, out, &device));
-    TRY(prepare_model_options(recipe, false, &options));
-    TRY(model_plan(backend, seed, &options, device));
+    TRY(plan_forward_only(recipe, backend, seed, out, &options, &device));
     return memory_plan_add(
         device, "similarity",
         similarity_bytes(seed, &options, backend->compute_dtype, (int)recipe->lfuc_max_block));

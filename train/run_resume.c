@@ -117,7 +117,7 @@ static Status move_checkpoints_aside(const Trainer *t, int64_t step) {
     return move_aside(t, RESULT_NAME);
 }
 
-Status resume_start_anew(const Trainer *t) {
+Status resume_start_anew(Trainer *t) {
     static const char *const names[] = {"plan", "log.jsonl", "tensorboard", RESULT_NAME};
     if (t->options->resume != RESUME_NEVER) return STATUS_OK;
     TRY(move_checkpoints_aside(t, -1));

@@ -155,10 +155,6 @@ static void say_what_starts(const Trainer *t) {
                  recipe_tokens_per_step(t->recipe));
 }
 
-static Status start_anew(Trainer *t) {
-    return resume_start_anew(t);
-}
-
 // The plan is measured by rank 0; the others find it in the run directory.
 static Status open_config(Trainer *t) {
     TRY(prepare_model(t->recipe, t->backend, &t->dir, &t->config, &t->source));
@@ -168,7 +164,7 @@ static Status open_config(Trainer *t) {
 }
 
 static Status open_all(Trainer *t) {
-    TRY(ranks_first_only(t, start_anew));
+    TRY(ranks_first_only(t, resume_start_anew));
     TRY(ranks_in_turn(t, open_config));
     TRY(ranks_in_turn(t, open_data)); // rank 0 verifies shards, the others find that done
     TRY(ranks_compare_data(t));

@@ -97,7 +97,7 @@ Status resume_check_recipe(const Trainer *t) NODISCARD; // before anything is op
 Status resume_check_config(const Trainer *t) NODISCARD; // once the recipe's model is known
 Status resume_check_data(const Trainer *t) NODISCARD;   // once the data is open
 // --resume never: what the earlier course of the run has left is moved aside, nothing is deleted.
-Status resume_start_anew(const Trainer *t) NODISCARD;
+Status resume_start_anew(Trainer *t) NODISCARD;
 // --resume DIR: the run's checkpoints that DIR does not lead to are moved aside.
 Status resume_set_aside(const Trainer *t) NODISCARD;
 
