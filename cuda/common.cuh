@@ -72,6 +72,13 @@ template <typename T> static inline bool vec_ok(const void *p, int64_t width) {
     return ((uintptr_t)p & 15) == 0 && width % Vec<T>::SIZE == 0;
 }
 
+// 2^x to about 2 units in the last place; 0 for -inf, NaN for NaN.
+static __device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
 static __device__ __forceinline__ float warp_sum(float x) {
     for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;

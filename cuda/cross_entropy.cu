@@ -6,12 +6,14 @@
 // per chunk. Rows of logits are padded to whole cache lines, so that any vocabulary is accessed in
 // 16-byte pieces.
 //
-// The row kernel is bound by memory. One block takes a row, as many bytes of it as fit stay in
+// On a Hopper chip the products do without a pass over the logits (hopper_loss.h). Elsewhere the
+// row kernel has one, bound by memory. One block takes a row, as many bytes of it as fit stay in
 // shared memory between reading and writing, the rest (a quarter of 151,936 bf16 logits) is read
 // again and comes from the L2 cache, since only one row per SM is in flight.
 #include <math.h>
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
+#include "cuda/hopper_loss.h"
 
 // --- One row: loss, and logits to gradient ------------------------------------------------------
 
@@ -28,12 +30,6 @@ template <typename T> struct LossRows {
     float grad_scale;
     uint64_t *bad_id;
 };
-
-static __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // The row's target, -1 where it is ignored. One outside the vocabulary is ignored, too, and noted
 // for synchronize().
@@ -216,12 +212,17 @@ static int64_t row_bytes(const CudaBackend *backend, const LinearCrossEntropyArg
     return logits_stride(args) * (int64_t)dtype_bytes(backend->base.compute_dtype);
 }
 
+static bool is_fused(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
+    return hopper_loss_takes(backend, args->hidden_size, args->vocab_size, args->x, args->weight);
+}
+
 // Rows of a chunk: what the caller asks for, or equal chunks of at most CHUNK_BYTES.
 static int64_t chunk_rows(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
-    if (args->chunk_tokens > 0) return minimum(args->chunk_tokens, args->tokens);
+    const int64_t limit = is_fused(backend, args) ? (int64_t)HOPPER_LOSS_ROWS_MAX : args->tokens;
+    if (args->chunk_tokens > 0) return minimum(args->chunk_tokens, minimum(limit, args->tokens));
     int64_t most = CHUNK_BYTES / row_bytes(backend, args) / CHUNK_ROWS_STEP * CHUNK_ROWS_STEP;
     if (most < CHUNK_ROWS_MIN) most = CHUNK_ROWS_MIN;
-    const int64_t chunks = div_up(args->tokens, most);
+    const int64_t chunks = div_up(args->tokens, minimum(most, limit));
     const int64_t rows = div_up(div_up(args->tokens, chunks), CHUNK_ROWS_STEP) * CHUNK_ROWS_STEP;
     return minimum(rows, args->tokens);
 }
@@ -234,16 +235,41 @@ static size_t logits_bytes(const CudaBackend *backend, const LinearCrossEntropyA
     return (size_t)minimum(row * args->tokens, least > CHUNK_BYTES ? least : CHUNK_BYTES);
 }
 
+// What a fused chunk needs besides.
+typedef struct FusedBytes {
+    size_t scratch, x_scaled, factor, product;
+} FusedBytes;
+
+static FusedBytes fused_bytes(const LinearCrossEntropyArgs *args) {
+    int64_t rows = minimum(args->tokens, HOPPER_LOSS_ROWS_MAX);
+    if (args->chunk_tokens > 0) rows = minimum(rows, args->chunk_tokens);
+    const size_t values = (size_t)rows * (size_t)args->hidden_size;
+    FusedBytes bytes = {};
+    bytes.scratch = hopper_loss_scratch(rows, args->vocab_size);
+    bytes.x_scaled = values * sizeof(bf16);
+    bytes.factor = (size_t)rows * sizeof(float);
+    bytes.product = values * sizeof(float);
+    return bytes;
+}
+
+// The same for every hidden size and pointer, whether or not the fused path takes them.
 size_t cuda_linear_cross_entropy_workspace(const CudaBackend *backend,
                                            const LinearCrossEntropyArgs *args) {
+    const FusedBytes fused = fused_bytes(args);
     return scratch_bytes(logits_bytes(backend, args)) +
-           scratch_bytes((size_t)args->tokens * sizeof(float));
+           scratch_bytes((size_t)args->tokens * sizeof(float)) + scratch_bytes(fused.scratch) +
+           scratch_bytes(fused.x_scaled) + scratch_bytes(fused.factor) +
+           scratch_bytes(fused.product);
 }
 
 typedef struct Chunk {
     int64_t first, rows;
     void *logits;  // (rows, stride)
     float *losses; // (T)
+    bool fused;
+    const void *x_right; // (rows, H) what the logits' gradient is multiplied by: x, scaled if fused
+    void *scratch, *x_scaled, *product;
+    float *factor;
 } Chunk;
 
 static const void *chunk_x(const CudaBackend *backend, const LinearCrossEntropyArgs *args,
@@ -252,10 +278,31 @@ static const void *chunk_x(const CudaBackend *backend, const LinearCrossEntropyA
            chunk->first * args->hidden_size * (int64_t)dtype_bytes(backend->base.compute_dtype);
 }
 
-static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *args,
-                           const Chunk *chunk) {
-    Gemm logits = gemm_of(backend, chunk->rows, args->vocab_size, args->hidden_size,
-                          chunk_x(backend, args, chunk), args->weight, chunk->logits);
+static Status fused_losses(CudaBackend *backend, const LinearCrossEntropyArgs *args, Chunk *chunk) {
+    HopperLoss loss = {};
+    loss.rows = chunk->rows;
+    loss.first = chunk->first;
+    loss.hidden = args->hidden_size;
+    loss.vocab = args->vocab_size;
+    loss.x = chunk_x(backend, args, chunk);
+    loss.weight = args->weight;
+    loss.targets = args->targets + chunk->first;
+    loss.grad_scale = args->grad_scale;
+    loss.losses = chunk->losses + chunk->first;
+    loss.gradient = args->grad_weight ? chunk->logits : NULL;
+    loss.stride = logits_stride(args);
+    loss.x_scaled = chunk->x_scaled;
+    loss.factor = chunk->factor;
+    loss.scratch = chunk->scratch;
+    chunk->x_right = chunk->x_scaled;
+    return hopper_loss(backend, &loss);
+}
+
+static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *args, Chunk *chunk) {
+    if (chunk->fused) return fused_losses(backend, args, chunk);
+    chunk->x_right = chunk_x(backend, args, chunk);
+    Gemm logits = gemm_of(backend, chunk->rows, args->vocab_size, args->hidden_size, chunk->x_right,
+                          args->weight, chunk->logits);
     logits.transpose_b = true;
     logits.ldc = logits_stride(args);
     TRY(gemm_run(backend, &logits, 0));
@@ -279,7 +326,7 @@ static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *a
 static Status chunk_gradients(CudaBackend *backend, const LinearCrossEntropyArgs *args,
                               const Chunk *chunk) {
     Gemm weight = gemm_of(backend, args->vocab_size, args->hidden_size, chunk->rows, chunk->logits,
-                          chunk_x(backend, args, chunk), args->grad_weight);
+                          chunk->x_right, args->grad_weight);
     weight.transpose_a = true;
     weight.lda = logits_stride(args);
     weight.dtype_c = backend->base.grad_dtype;
@@ -289,9 +336,29 @@ static Status chunk_gradients(CudaBackend *backend, const LinearCrossEntropyArgs
     char *dx = (char *)args->dx +
                chunk->first * args->hidden_size * (int64_t)dtype_bytes(backend->base.compute_dtype);
     Gemm inputs = gemm_of(backend, chunk->rows, args->hidden_size, args->vocab_size, chunk->logits,
-                          args->weight, dx);
+                          args->weight, chunk->fused ? chunk->product : dx);
     inputs.lda = logits_stride(args);
-    return gemm_run(backend, &inputs, 0);
+    if (chunk->fused) inputs.dtype_c = DTYPE_F32;
+    TRY(gemm_run(backend, &inputs, 0));
+    if (!chunk->fused) return STATUS_OK;
+    return hopper_loss_dx(backend, chunk->rows, args->hidden_size, (const float *)chunk->product,
+                          chunk->factor, dx);
+}
+
+static Status open_chunk(CudaBackend *backend, const LinearCrossEntropyArgs *args, Chunk *chunk) {
+    Scratch scratch = scratch_open(backend);
+    *chunk = Chunk{};
+    chunk->fused = is_fused(backend, args);
+    chunk->losses = args->token_loss;
+    TRY(scratch_take(&scratch, logits_bytes(backend, args), &chunk->logits));
+    if (!chunk->losses)
+        TRY(scratch_take(&scratch, (size_t)args->tokens * sizeof(float), (void **)&chunk->losses));
+    if (!chunk->fused) return STATUS_OK;
+    const FusedBytes bytes = fused_bytes(args);
+    TRY(scratch_take(&scratch, bytes.scratch, &chunk->scratch));
+    TRY(scratch_take(&scratch, bytes.x_scaled, &chunk->x_scaled));
+    TRY(scratch_take(&scratch, bytes.factor, (void **)&chunk->factor));
+    return scratch_take(&scratch, bytes.product, &chunk->product);
 }
 
 Status cuda_linear_cross_entropy(Backend *base, const LinearCrossEntropyArgs *args) {
@@ -299,11 +366,8 @@ Status cuda_linear_cross_entropy(Backend *base, const LinearCrossEntropyArgs *ar
     backend->current_op = "linear_cross_entropy";
     if (args->tokens == 0) return STATUS_OK;
     const int64_t most = chunk_rows(backend, args);
-    Scratch scratch = scratch_open(backend);
-    Chunk chunk = {.losses = args->token_loss};
-    TRY(scratch_take(&scratch, logits_bytes(backend, args), &chunk.logits));
-    if (!chunk.losses)
-        TRY(scratch_take(&scratch, (size_t)args->tokens * sizeof(float), (void **)&chunk.losses));
+    Chunk chunk;
+    TRY(open_chunk(backend, args, &chunk));
     for (chunk.first = 0; chunk.first < args->tokens; chunk.first += most) {
         chunk.rows = minimum(most, args->tokens - chunk.first);
         TRY(chunk_losses(backend, args, &chunk));

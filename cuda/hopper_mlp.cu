@@ -4,20 +4,25 @@
 // takes time for. Here it happens on the accumulators, while other warps keep the tensor cores
 // busy: forward saves reading gate_up, backward also writing and reading the activation's gradient.
 //
-// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared
-// memory through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in
-// registers. They leave the product, rounded, in shared memory and go on with the next tile, while
-// one more warpgroup does the elementwise part of the last one and moves its rows, a line of 128
-// bytes at a time. So the tensor cores, the copies and the elementwise part never wait for each
-// other unless one of them is the slowest.
-//
-// Two blocks are a cluster: 256 rows by 256 columns, each block having 128 of the rows, and each
-// loading half of the columns' operand for both. In the forward pass 128 gate columns and the 128
-// up columns that belong to them are one tile. Only rows and columns that exist are stored, so
-// tiles may stand over: rows of an expert's last tile that are the next expert's are computed and
-// dropped.
+// In the forward pass 128 gate columns and the 128 up columns that belong to them are one tile.
+// Rows of an expert's last tile that are the next expert's are computed and dropped.
+#include "cuda/hopper_launch.cuh"
+#include "cuda/hopper_mlp.h"
 #include "cuda/hopper_product.cuh"
 #include "cuda/swiglu.cuh"
+
+typedef struct MlpArgs {
+    CUtensorMap a, b;
+    int groups, k_steps, tiles_n, tiles; // tiles: of all groups
+    int inner, hidden;
+    int begin[HOPPER_GROUPS_MAX + 1];
+    int tile_begin[HOPPER_GROUPS_MAX + 1];
+    const float *scale;
+    const int32_t *scale_index;
+    bf16 *gate_up, *activation, *dgate_up;
+    float *partial; // (tiles_n, rows)
+    int64_t rows;
+} MlpArgs;
 
 // --- Lines of device memory ------------------------------------------------------------------
 
@@ -34,31 +39,8 @@ static __device__ __forceinline__ Window window_of(int64_t row, int row_end, int
     return Window{row * 2 * inner + column, row * inner + column, rows};
 }
 
-// A line, or nothing. Predicates, not branches, so that many are in flight.
-static __device__ __forceinline__ Line load_line_if(bool valid, const bf16 *from) {
-    Line line;
-    asm volatile("{\n"
-                 ".reg .pred valid;\n"
-                 "setp.ne.b32 valid, %5, 0;\n"
-                 "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-                 "@valid ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 "}\n"
-                 : "=&r"(line.v[0]), "=&r"(line.v[1]), "=&r"(line.v[2]), "=&r"(line.v[3])
-                 : "l"(from), "r"((int)valid));
-    return line;
-}
-static __device__ __forceinline__ void store_line_if(bool valid, bf16 *to, const Line &line) {
-    asm volatile("{\n"
-                 ".reg .pred valid;\n"
-                 "setp.ne.b32 valid, %5, 0;\n"
-                 "@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
-                 "}\n" ::"l"(to),
-                 "r"(line.v[0]), "r"(line.v[1]), "r"(line.v[2]), "r"(line.v[3]), "r"((int)valid)
-                 : "memory");
-}
-
 // The factor of a row.
-static __device__ __forceinline__ float scale_of(const HopperArgs &args, int64_t row,
+static __device__ __forceinline__ float scale_of(const MlpArgs &args, int64_t row,
                                                  const Tile &tile) {
     if (row >= tile.row_end) return 0.0f;
     return args.scale[args.scale_index ? args.scale_index[row] : row];
@@ -68,7 +50,7 @@ static __device__ __forceinline__ float scale_of(const HopperArgs &args, int64_t
 
 // Lane l has chunk l%16 of rows 2i + l/16. `scale`: of row `lane`.
 template <bool SCALED>
-static __device__ __forceinline__ void forward_rows(const HopperArgs &args, const Handover &h,
+static __device__ __forceinline__ void forward_rows(const MlpArgs &args, const Handover &h,
                                                     const Window &window, float scale, int lane) {
     const int inner = args.inner, upper = lane / 16, chunk = lane % 16;
 #pragma unroll 8
@@ -84,7 +66,7 @@ static __device__ __forceinline__ void forward_rows(const HopperArgs &args, cons
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float2 g = unpack(gate.v[j]), u = unpack(up.v[j]);
-            activation.v[j] = pack(swiglu_of(g.x, u.x) * s, swiglu_of(g.y, u.y) * s);
+            activation.v[j] = pack_bf16(swiglu_of(g.x, u.x) * s, swiglu_of(g.y, u.y) * s);
         }
         store_line_if(valid, args.activation + window.narrow + (int64_t)2 * i * inner, activation);
     }
@@ -96,7 +78,7 @@ typedef struct GateUp {
     Line gate, up;
 } GateUp;
 
-static __device__ __forceinline__ GateUp load_gate_up(const HopperArgs &args, const Window &window,
+static __device__ __forceinline__ GateUp load_gate_up(const MlpArgs &args, const Window &window,
                                                       int row) {
     const bf16 *from = args.gate_up + window.wide + (int64_t)2 * row * args.inner;
     const bool valid = row < window.rows;
@@ -117,9 +99,9 @@ static __device__ __forceinline__ float backward_line(const Line &d, float scale
         const float x = swiglu_gradients(g.x, u.x, e.x * s, &dgate.x, &dup.x);
         const float y = swiglu_gradients(g.y, u.y, e.y * s, &dgate.y, &dup.y);
         if (SCALED) dot += e.x * x + e.y * y;
-        line->gate.v[j] = pack(dgate.x, dgate.y);
-        line->up.v[j] = pack(dup.x, dup.y);
-        activation->v[j] = pack(x * s, y * s);
+        line->gate.v[j] = pack_bf16(dgate.x, dgate.y);
+        line->up.v[j] = pack_bf16(dup.x, dup.y);
+        activation->v[j] = pack_bf16(x * s, y * s);
     }
     return dot;
 }
@@ -127,7 +109,7 @@ static __device__ __forceinline__ float backward_line(const Line &d, float scale
 // AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of
 // the rows that follow. `scale`, and what is returned, the gate's gradient: of row `lane`.
 template <bool SCALED>
-static __device__ __forceinline__ float backward_rows(const HopperArgs &args, const Handover &h,
+static __device__ __forceinline__ float backward_rows(const MlpArgs &args, const Handover &h,
                                                       int first, float scale, GateUp (&next)[AHEAD],
                                                       const Window &window, int lane) {
     const int inner = args.inner;
@@ -152,108 +134,62 @@ static __device__ __forceinline__ float backward_rows(const HopperArgs &args, co
     return dot;
 }
 
-// --- The kernel ----------------------------------------------------------------------------------
+// --- The product ---------------------------------------------------------------------------------
 
-typedef struct Shared {
-    uint32_t tiles, product, full, empty; // full, empty: barriers of the stages
-    uint32_t handover;                    // barriers: filled and emptied of both pairs
-} Shared;
-
-static __device__ __forceinline__ Handover handover_of(const Shared &shared, int row) {
-    const uint32_t barriers = shared.handover + row / 64 * 16;
-    return Handover{barriers, barriers + 8, shared.product + row * 128, 0};
-}
-
-template <bool BACKWARD>
-static __device__ __forceinline__ void multiply_tiles(const HopperArgs &args,
-                                                      const Shared &shared) {
-    const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
-    const bool speaker = threadIdx.x % 128 == 0;
-    Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
-    Ring ring = {0, 0};
-    float c[128];
-    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
-        multiply<BACKWARD>(c, args.k_steps, &ring, shared.tiles, shared.full, shared.empty,
-                           warpgroup, speaker);
-        hand_over(c, &handover, lane);
-    }
-}
+enum { MLP_BAND = 8 };
 
 // SCALED: the rows have factors, which have gradients.
-template <bool BACKWARD, bool SCALED>
-static __device__ __forceinline__ void elementwise_tiles(const HopperArgs &args,
-                                                         const Shared &shared, int rank) {
-    const int own_row = (threadIdx.x / 32 - 12) * WARP_ROWS, lane = threadIdx.x & 31;
-    Handover handover = handover_of(shared, own_row);
-    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
-        const Tile tile = tile_at(args, index);
-        const int64_t row = tile.row + rank * BLOCK_ROWS + own_row;
-        const float scale = SCALED ? scale_of(args, row + lane, tile) : 1.0f;
+template <bool BACKWARD, bool SCALED> struct MlpProduct : MlpArgs {
+    static constexpr bool B_ROWS = BACKWARD;
+
+    __device__ __forceinline__ bool idle() const { return false; }
+
+    __device__ __forceinline__ Tile tile_at(int index) const {
+        Tile tile = {};
+        while (index >= tile_begin[tile.group + 1]) tile.group++;
+        index -= tile_begin[tile.group];
+        tile.row_end = begin[tile.group + 1];
+        const int tiles_m = (tile_begin[tile.group + 1] - tile_begin[tile.group]) / tiles_n;
+        const TilePlace place = place_in_bands(index, tiles_m, tiles_n, MLP_BAND);
+        tile.row = begin[tile.group] + place.row_tile * CLUSTER_ROWS;
+        tile.column_tile = place.column_tile;
+        return tile;
+    }
+
+    // Forward, weight (2I, H): 64 gate rows or, the third and fourth box, 64 up rows. Backward,
+    // (H, I): 64 columns.
+    __device__ __forceinline__ BoxPlace box_of_b(const Tile &tile, int box, int step) const {
+        if (BACKWARD)
+            return BoxPlace{tile.column_tile * TILE_COLUMNS + box * 64,
+                            tile.group * hidden + step * TILE_K};
+        return BoxPlace{step * TILE_K, (2 * tile.group + box / 2) * inner +
+                                           tile.column_tile * TILE_COLUMNS / 2 + box % 2 * 64};
+    }
+
+    __device__ __forceinline__ void finish(const Tile &tile, int64_t row, Handover *handover,
+                                           int lane) const {
+        const float scale = SCALED ? scale_of(*this, row + lane, tile) : 1.0f;
         if constexpr (BACKWARD) {
-            const Window window = window_of(row, tile.row_end,
-                                            tile.column_tile * TILE_COLUMNS + lane * 8, args.inner);
+            const Window window =
+                window_of(row, tile.row_end, tile.column_tile * TILE_COLUMNS + lane * 8, inner);
             GateUp next[AHEAD];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) next[i] = load_gate_up(args, window, i);
-            barrier_wait(handover.filled, handover.phase);
+            for (int i = 0; i < AHEAD; i++) next[i] = load_gate_up(*this, window, i);
+            barrier_wait(handover->filled, handover->phase);
             float dot = 0.0f;
 #pragma unroll 1
             for (int first = 0; first < WARP_ROWS; first += AHEAD)
-                dot += backward_rows<SCALED>(args, handover, first, scale, next, window, lane);
+                dot += backward_rows<SCALED>(*this, *handover, first, scale, next, window, lane);
             if (SCALED && row + lane < tile.row_end)
-                args.partial[tile.column_tile * args.rows + row + lane] = dot;
+                partial[tile.column_tile * rows + row + lane] = dot;
         } else {
             const int column = tile.column_tile * TILE_COLUMNS / 2 + lane % 16 * 8;
-            const Window window = window_of(row + lane / 16, tile.row_end, column, args.inner);
-            barrier_wait(handover.filled, handover.phase);
-            forward_rows<SCALED>(args, handover, window, scale, lane);
+            const Window window = window_of(row + lane / 16, tile.row_end, column, inner);
+            barrier_wait(handover->filled, handover->phase);
+            forward_rows<SCALED>(*this, *handover, window, scale, lane);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive_here(handover.emptied);
-        handover.phase ^= 1;
     }
-}
-
-static __device__ __forceinline__ void init_barriers(const Shared &shared) {
-    for (int s = 0; s < STAGES; s++) {
-        barrier_init(shared.full + 8 * s, 1);            // the loader
-        barrier_init(shared.empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
-    }
-    for (int half = 0; half < 2; half++) { // warps
-        barrier_init(shared.handover + 16 * half, 4);
-        barrier_init(shared.handover + 16 * half + 8, 2);
-    }
-    barrier_init_done();
-}
-
-template <bool BACKWARD, bool SCALED>
-static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-    mlp_kernel(const __grid_constant__ HopperArgs args) {
-    extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * STAGES + 4];
-    Shared shared;
-    shared.tiles = (shared_address(dynamic) + 1023) & ~1023u;
-    shared.product = shared.tiles + STAGES * STAGE_BYTES;
-    shared.full = shared_address(barriers);
-    shared.empty = shared.full + 8 * STAGES;
-    shared.handover = shared.empty + 8 * STAGES;
-    const int rank = (int)cluster_rank(), warpgroup = threadIdx.x / 128;
-    if (threadIdx.x == 0) init_barriers(shared);
-    cluster_sync();
-    if (warpgroup == 0) {
-        registers_give<LOAD_REGISTERS>();
-        if (threadIdx.x == 0)
-            load_tiles<BACKWARD>(args, shared.tiles, shared.full, shared.empty, rank);
-    } else if (warpgroup <= 2) {
-        registers_take<MULTIPLY_REGISTERS>();
-        multiply_tiles<BACKWARD>(args, shared);
-    } else {
-        registers_take<ELEMENTWISE_REGISTERS>();
-        elementwise_tiles<BACKWARD, SCALED>(args, shared, rank);
-    }
-    __syncwarp();
-    cluster_sync(); // the other block may still copy or arrive here
-}
+};
 
 static __global__ void sum_partials_kernel(int64_t rows, int parts,
                                            const float *__restrict__ partial,
@@ -268,38 +204,7 @@ static __global__ void sum_partials_kernel(int64_t rows, int parts,
 
 // --- Host ----------------------------------------------------------------------------------------
 
-typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                                const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// A row-major (rows, columns) matrix in boxes of 64 columns by `box_rows` rows.
-static Status make_map(CudaBackend *backend, const void *matrix, int64_t rows, int64_t columns,
-                       int box_rows, CUtensorMap *out) {
-    static EncodeTiled encode; // the same for every device
-    if (!encode) {
-        void *found = NULL;
-        cudaDriverEntryPointQueryResult result;
-        CUDA_TRY(backend, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                           cudaEnableDefault, &result));
-        if (result != cudaDriverEntryPointSuccess)
-            FAIL(STATUS_INTERNAL, "the driver has no cuTensorMapEncodeTiled; it must be newer");
-        encode = (EncodeTiled)found;
-    }
-    const cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
-    const cuuint64_t strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
-    const cuuint32_t box[2] = {TILE_K, (cuuint32_t)box_rows}, steps[2] = {1, 1};
-    const CUresult error =
-        encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)matrix, sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS)
-        FAIL(STATUS_INTERNAL, "tensor map of a (%lld, %lld) matrix: driver error %d",
-             (long long)rows, (long long)columns, (int)error);
-    return STATUS_OK;
-}
-
-static void make_groups(const HopperMlp *mlp, HopperArgs *args) {
+static void make_groups(const HopperMlp *mlp, MlpArgs *args) {
     args->groups = mlp->begin ? mlp->groups : 1;
     args->begin[1] = (int)mlp->rows;
     for (int g = 0; g <= args->groups && mlp->begin; g++) args->begin[g] = mlp->begin[g];
@@ -311,8 +216,7 @@ static void make_groups(const HopperMlp *mlp, HopperArgs *args) {
     args->tiles = args->tile_begin[args->groups];
 }
 
-static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backward,
-                        HopperArgs *args) {
+static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backward, MlpArgs *args) {
     const int groups = mlp->begin ? mlp->groups : 1;
     args->k_steps = mlp->hidden / TILE_K;
     args->tiles_n = (int)div_up(mlp->inner, backward ? TILE_COLUMNS : TILE_COLUMNS / 2);
@@ -334,40 +238,11 @@ static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backwar
                     &args->b);
 }
 
-// Prepares the kernel and asks how many of its clusters run at a time: multiprocessors come in
-// groups whose size a cluster need not divide.
-static Status count_clusters(CudaBackend *backend, const void *kernel, int *clusters) {
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = CLUSTER;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(backend->num_sms / CLUSTER * CLUSTER));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = SHARED_BYTES;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    CUDA_TRY(backend, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           SHARED_BYTES));
-    CUDA_TRY(backend, cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
-    if (*clusters < 1) FAIL(STATUS_INTERNAL, "no cluster of %d blocks fits on the GPU", CLUSTER);
-    return STATUS_OK;
-}
-
 template <bool BACKWARD, bool SCALED>
 static Status launch(CudaBackend *backend, const HopperMlp *mlp) {
-    HopperArgs args = {};
-    TRY(make_args(backend, mlp, BACKWARD, &args));
-    auto kernel = mlp_kernel<BACKWARD, SCALED>;
-    static int clusters; // that fit on the device, the same on every one of a machine
-    if (clusters == 0) TRY(count_clusters(backend, (const void *)kernel, &clusters));
-    // Blocks that stay for their share of all tiles are late by a whole share where a collective
-    // has taken their SMs. Shares of a few tiles then let the others take over.
-    const int most = backend->shares_sms ? (int)div_up(args.tiles, TILES_SHARED) : clusters;
-    const int used = args.tiles < most ? args.tiles : most;
-    kernel<<<CLUSTER *(unsigned)used, THREADS, SHARED_BYTES, backend->stream>>>(args);
-    LAUNCH_TRY(backend);
-    return STATUS_OK;
+    MlpProduct<BACKWARD, SCALED> product = {};
+    TRY(make_args(backend, mlp, BACKWARD, &product));
+    return launch_product(backend, product);
 }
 
 bool hopper_mlp_takes(const CudaBackend *backend, const HopperMlp *mlp) {

@@ -1,10 +1,21 @@
-// The matrix product of the kernels in hopper_mlp.cu: tiles, the warp that loads, the warpgroups
-// that multiply, and the product in shared memory where they leave it.
+// The matrix product of the kernels in hopper_*.cu: tiles, the warp that loads, the warpgroups that
+// multiply, and the product in shared memory where they leave it to the warpgroup that finishes it.
+//
+// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared
+// memory through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in
+// registers. They leave the product, rounded, in shared memory and go on with the next tile, while
+// one more warpgroup finishes the last one: it does what the kernel is for and moves the rows, a
+// line of 16 bytes per lane at a time. So the tensor cores, the copies and the elementwise part
+// never wait for each other unless one of them is the slowest.
+//
+// Two blocks are a cluster: 256 rows by 256 columns, each block having 128 of the rows, and each
+// loading half of the columns' operand for both. Only rows and columns that exist are stored, so
+// tiles may stand over.
 #ifndef CUDA_HOPPER_PRODUCT_CUH
 #define CUDA_HOPPER_PRODUCT_CUH
 
+#include "cuda/common.cuh"
 #include "cuda/hopper.cuh"
-#include "cuda/hopper_mlp.h"
 
 enum {
     BLOCK_ROWS = 128,
@@ -21,47 +32,47 @@ enum {
     BLOCK_BYTES = BLOCK_ROWS * 128, // 64 columns of the product
     PRODUCT_BYTES = TILE_COLUMNS / 64 * BLOCK_BYTES,
     SHARED_BYTES = STAGES * STAGE_BYTES + PRODUCT_BYTES + 1024, // 1024: to align it
-    // Warpgroups: 0 loads, 1 and 2 multiply, 3 does the elementwise part. Registers of each: at
-    // most 128 on average, which is what every thread begins with.
+    // Warpgroups: 0 loads, 1 and 2 multiply, 3 finishes. Registers of each: at most 128 on average,
+    // which is what every thread begins with.
     THREADS = 512,
     LOAD_REGISTERS = 24,
     MULTIPLY_REGISTERS = 160,
-    ELEMENTWISE_REGISTERS = 168,
-    WARP_ROWS = 32,   // of an elementwise warp
-    AHEAD = 8,        // rows that it has on their way
-    TILES_SHARED = 8, // of a cluster, where SMs are shared with collectives
-    BAND = 8, // cluster tiles of rows that go through the columns together, for the L2 cache
+    FINISH_REGISTERS = 168,
+    WARP_ROWS = 32, // of a warp that finishes
+    AHEAD = 8,      // rows that it has on their way
 };
 
-typedef struct HopperArgs {
-    CUtensorMap a, b;
-    int groups, k_steps, tiles_n, tiles; // tiles: of all groups
-    int inner, hidden;
-    int begin[HOPPER_GROUPS_MAX + 1];
-    int tile_begin[HOPPER_GROUPS_MAX + 1];
-    const float *scale;
-    const int32_t *scale_index;
-    bf16 *gate_up, *activation, *dgate_up;
-    float *partial; // (tiles_n, rows)
-    int64_t rows;
-} HopperArgs;
-
+// A product over tiles, which a kernel is made for: its parameter, and what it does with a tile.
+//
+//     struct Example {
+//         CUtensorMap a, b;   // a: rows by inner dimension, in boxes of BLOCK_ROWS rows
+//         int tiles, k_steps; // of a cluster; steps of TILE_K
+//         static constexpr bool B_ROWS;                             // see wgmma_64x128
+//         bool idle() const;                                        // nothing to do at all
+//         Tile tile_at(int index) const;
+//         BoxPlace box_of_b(const Tile &, int box, int step) const; // a quarter of its columns
+//         // Takes the 32 rows that begin at `row`, which are the warp's own, once they are filled.
+//         void finish(const Tile &, int64_t row, Handover *, int lane) const;
+//     };
 typedef struct Tile {
-    int group, row, row_end, column_tile; // row: of the cluster's first
+    int group, row, row_end, column_tile; // row: of the cluster's first; row_end: of its group
 } Tile;
 
-static __device__ __forceinline__ Tile tile_at(const HopperArgs &args, int index) {
-    Tile tile = {};
-    while (index >= args.tile_begin[tile.group + 1]) tile.group++;
-    index -= args.tile_begin[tile.group];
-    tile.row_end = args.begin[tile.group + 1];
-    const int tiles_m =
-        (args.tile_begin[tile.group + 1] - args.tile_begin[tile.group]) / args.tiles_n;
-    const int band = index / (BAND * args.tiles_n), in_band = index % (BAND * args.tiles_n);
-    const int height = min(BAND, tiles_m - band * BAND);
-    tile.row = args.begin[tile.group] + (band * BAND + in_band % height) * CLUSTER_ROWS;
-    tile.column_tile = in_band / height;
-    return tile;
+typedef struct BoxPlace {
+    int column, row;
+} BoxPlace;
+
+typedef struct TilePlace {
+    int row_tile, column_tile;
+} TilePlace;
+
+// The place of tile `index`: `band` tiles of rows go through the columns together, so that both
+// operands of what runs at a time stay in the L2 cache.
+static __device__ __forceinline__ TilePlace place_in_bands(int index, int tiles_m, int tiles_n,
+                                                           int band) {
+    const int number = index / (band * tiles_n), in_band = index % (band * tiles_n);
+    const int height = min(band, tiles_m - number * band);
+    return TilePlace{number * band + in_band % height, in_band / height};
 }
 
 // --- The warp that loads -------------------------------------------------------------------------
@@ -77,40 +88,24 @@ static __device__ __forceinline__ void advance(Ring *ring) {
     ring->phase ^= 1;
 }
 
-typedef struct BoxPlace {
-    int column, row;
-} BoxPlace;
-
-// The box of the weight that is quarter `box` of the tile's columns. Forward, (2I, H): 64 gate rows
-// or, the third and fourth, 64 up rows. Backward, (H, I): 64 columns.
-template <bool BACKWARD>
-static __device__ __forceinline__ BoxPlace box_of_b(const HopperArgs &args, const Tile &tile,
-                                                    int box, int step) {
-    if (BACKWARD)
-        return BoxPlace{tile.column_tile * TILE_COLUMNS + box * 64,
-                        tile.group * args.hidden + step * TILE_K};
-    return BoxPlace{step * TILE_K, (2 * tile.group + box / 2) * args.inner +
-                                       tile.column_tile * TILE_COLUMNS / 2 + box % 2 * 64};
-}
-
-template <bool BACKWARD>
-static __device__ __forceinline__ void load_tiles(const HopperArgs &args, uint32_t tiles,
+template <class Product>
+static __device__ __forceinline__ void load_tiles(const Product &product, uint32_t tiles,
                                                   uint32_t full, uint32_t empty, int rank) {
     Ring ring = {0, 1}; // the stages begin empty
-    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
-        const Tile tile = tile_at(args, index);
+    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+        const Tile tile = product.tile_at(index);
         const int row = tile.row + rank * BLOCK_ROWS;
-        for (int step = 0; step < args.k_steps; step++, advance(&ring)) {
+        for (int step = 0; step < product.k_steps; step++, advance(&ring)) {
             const uint32_t at = tiles + ring.stage * STAGE_BYTES;
             const uint32_t loaded = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.phase);
             barrier_expect(loaded, STAGE_BYTES);
-            copy_box(at, &args.a, step * TILE_K, row, loaded);
+            copy_box(at, &product.a, step * TILE_K, row, loaded);
 #pragma unroll
             for (int i = 0; i < BOXES; i++) {
                 const int box = rank * BOXES + i;
-                const BoxPlace from = box_of_b<BACKWARD>(args, tile, box, step);
-                copy_box_to_all(at + A_BYTES + box * BOX_BYTES, &args.b, from.column, from.row,
+                const BoxPlace from = product.box_of_b(tile, box, step);
+                copy_box_to_all(at + A_BYTES + box * BOX_BYTES, &product.b, from.column, from.row,
                                 loaded, (1 << CLUSTER) - 1);
             }
         }
@@ -167,11 +162,6 @@ typedef struct Handover {
     uint32_t phase;
 } Handover;
 
-static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&both);
-}
-
 static __device__ __forceinline__ void hand_over(const float (&c)[128], Handover *h, int lane) {
     const int row = (lane & 7) + (lane >> 3 & 1) * 8;
     const uint32_t place = h->place + row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
@@ -181,8 +171,8 @@ static __device__ __forceinline__ void hand_over(const float (&c)[128], Handover
         const float *from = &c[8 * pair];
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
                          (place ^ (pair & 3) << 5) + (pair >> 2) * BLOCK_BYTES),
-                     "r"(pack(from[0], from[1])), "r"(pack(from[2], from[3])),
-                     "r"(pack(from[4], from[5])), "r"(pack(from[6], from[7]))
+                     "r"(pack_bf16(from[0], from[1])), "r"(pack_bf16(from[2], from[3])),
+                     "r"(pack_bf16(from[4], from[5])), "r"(pack_bf16(from[6], from[7]))
                      : "memory");
     }
     __syncwarp();
@@ -204,8 +194,125 @@ static __device__ __forceinline__ Line take(const Handover &h, int row, int chun
         : "r"(h.place + row * 128 + chunk / 8 * BLOCK_BYTES + ((chunk % 8 ^ (row & 7)) << 4)));
     return line;
 }
+// One value of the warp's rows.
+static __device__ __forceinline__ float take_value(const Handover &h, int row, int column) {
+    const int chunk = column / 8;
+    uint16_t bits;
+    asm volatile("ld.shared.u16 %0, [%1];\n"
+                 : "=h"(bits)
+                 : "r"(h.place + row * 128 + chunk / 8 * BLOCK_BYTES +
+                       ((chunk % 8 ^ (row & 7)) << 4) + column % 8 * 2));
+    return __uint_as_float((uint32_t)bits << 16);
+}
 static __device__ __forceinline__ float2 unpack(uint32_t both) {
     return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+
+// --- Lines of device memory ------------------------------------------------------------------
+
+// A line, or nothing. Predicates, not branches, so that many are in flight.
+static __device__ __forceinline__ Line load_line_if(bool valid, const bf16 *from) {
+    Line line;
+    asm volatile("{\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
+                 "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+                 "@valid ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 "}\n"
+                 : "=&r"(line.v[0]), "=&r"(line.v[1]), "=&r"(line.v[2]), "=&r"(line.v[3])
+                 : "l"(from), "r"((int)valid));
+    return line;
+}
+static __device__ __forceinline__ void store_line_if(bool valid, bf16 *to, const Line &line) {
+    asm volatile("{\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
+                 "@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
+                 "}\n" ::"l"(to),
+                 "r"(line.v[0]), "r"(line.v[1]), "r"(line.v[2]), "r"(line.v[3]), "r"((int)valid)
+                 : "memory");
+}
+
+// --- The kernel ----------------------------------------------------------------------------------
+
+typedef struct Shared {
+    uint32_t tiles, product, full, empty; // full, empty: barriers of the stages
+    uint32_t handover;                    // barriers: filled and emptied of both pairs
+} Shared;
+
+static __device__ __forceinline__ Handover handover_of(const Shared &shared, int row) {
+    const uint32_t barriers = shared.handover + row / 64 * 16;
+    return Handover{barriers, barriers + 8, shared.product + row * 128, 0};
+}
+
+template <class Product>
+static __device__ __forceinline__ void multiply_tiles(const Product &product,
+                                                      const Shared &shared) {
+    const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
+    const bool speaker = threadIdx.x % 128 == 0;
+    Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
+    Ring ring = {0, 0};
+    float c[128];
+    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+        multiply<Product::B_ROWS>(c, product.k_steps, &ring, shared.tiles, shared.full,
+                                  shared.empty, warpgroup, speaker);
+        hand_over(c, &handover, lane);
+    }
+}
+
+template <class Product>
+static __device__ __forceinline__ void finish_tiles(const Product &product, const Shared &shared,
+                                                    int rank) {
+    const int own_row = (threadIdx.x / 32 - 12) * WARP_ROWS, lane = threadIdx.x & 31;
+    Handover handover = handover_of(shared, own_row);
+    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+        const Tile tile = product.tile_at(index);
+        product.finish(tile, (int64_t)tile.row + rank * BLOCK_ROWS + own_row, &handover, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive_here(handover.emptied);
+        handover.phase ^= 1;
+    }
+}
+
+static __device__ __forceinline__ void init_barriers(const Shared &shared) {
+    for (int s = 0; s < STAGES; s++) {
+        barrier_init(shared.full + 8 * s, 1);            // the loader
+        barrier_init(shared.empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
+    }
+    for (int half = 0; half < 2; half++) { // warps
+        barrier_init(shared.handover + 16 * half, 4);
+        barrier_init(shared.handover + 16 * half + 8, 2);
+    }
+    barrier_init_done();
+}
+
+template <class Product>
+static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+    product_kernel(const __grid_constant__ Product product) {
+    extern __shared__ char dynamic[];
+    __shared__ uint64_t barriers[2 * STAGES + 4];
+    if (product.idle()) return;
+    Shared shared;
+    shared.tiles = (shared_address(dynamic) + 1023) & ~1023u;
+    shared.product = shared.tiles + STAGES * STAGE_BYTES;
+    shared.full = shared_address(barriers);
+    shared.empty = shared.full + 8 * STAGES;
+    shared.handover = shared.empty + 8 * STAGES;
+    const int rank = (int)cluster_rank(), warpgroup = threadIdx.x / 128;
+    if (threadIdx.x == 0) init_barriers(shared);
+    cluster_sync();
+    if (warpgroup == 0) {
+        registers_give<LOAD_REGISTERS>();
+        if (threadIdx.x == 0) load_tiles(product, shared.tiles, shared.full, shared.empty, rank);
+    } else if (warpgroup <= 2) {
+        registers_take<MULTIPLY_REGISTERS>();
+        multiply_tiles(product, shared);
+    } else {
+        registers_take<FINISH_REGISTERS>();
+        finish_tiles(product, shared, rank);
+    }
+    __syncwarp();
+    cluster_sync(); // the other block may still copy or arrive here
 }
 
 #endif

@@ -107,27 +107,69 @@ static void check_repeats(Backend *gpu, const Shape *s, Operands *o, const char 
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) pair_free(all[i]);
 }
 
-static void check_shape(Backend *gpu, const Shape *s) {
+static void check_operands(Backend *gpu, const Shape *s, Operands *o, const char *name) {
     const double tolerance = gpu_tolerance(gpu->compute_dtype);
     char text[128];
-    snprintf(text, sizeof text, "%s cross-entropy T%d H%d V%d chunk %d ignored %d%%",
-             dtype_name(gpu->compute_dtype), s->tokens, s->hidden, s->vocab, s->chunk, s->ignored);
-    Operands o = make_operands(gpu, s);
-    LinearCrossEntropyArgs cpu_args = args_of(s, &o, false), gpu_args = args_of(s, &o, true);
+    snprintf(text, sizeof text, "%s %s T%d H%d V%d chunk %d ignored %d%%",
+             dtype_name(gpu->compute_dtype), name, s->tokens, s->hidden, s->vocab, s->chunk,
+             s->ignored);
+    LinearCrossEntropyArgs cpu_args = args_of(s, o, false), gpu_args = args_of(s, o, true);
     GPU_RUN(gpu_reference(), OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &cpu_args);
     GPU_RUN(gpu, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &gpu_args);
-    check_sums(gpu, o.gpu_sums, o.sums, tolerance, text);
-    pair_check(&o.token_loss, tolerance, text, "token_loss");
-    pair_check(&o.dx, tolerance, text, "dx");
-    pair_check(&o.grad_weight, tolerance, text, "grad_weight");
-    check_loss_only(gpu, s, &o, text);
-    check_repeats(gpu, s, &o, text);
+    check_sums(gpu, o->gpu_sums, o->sums, tolerance, text);
+    pair_check(&o->token_loss, tolerance, text, "token_loss");
+    pair_check(&o->dx, tolerance, text, "dx");
+    pair_check(&o->grad_weight, tolerance, text, "grad_weight");
+    check_loss_only(gpu, s, o, text);
+    check_repeats(gpu, s, o, text);
+}
+
+static void check_shape(Backend *gpu, const Shape *s) {
+    Operands o = make_operands(gpu, s);
+    check_operands(gpu, s, &o, "cross-entropy");
+    free_operands(gpu, &o);
+}
+
+// Random signs of one size.
+static void fill_signs(Pair *pair, float size) {
+    for (int64_t i = 0; i < pair->count; i++) pair->cpu[i] = gpu_random_int(2) ? size : -size;
+    pair_upload(pair);
+}
+
+// Losses of up to 100 nats beside small ones, so that no power of the target's logit alone can hold
+// a row. The logits are whole multiples of 4 up to 256, which bf16 has: rounded ones would differ
+// from the reference by more than their softmax bears.
+static void check_large_logits(Backend *gpu) {
+    const Shape s = {300, 64, 1003, 0, 10};
+    Operands o = make_operands(gpu, &s);
+    fill_signs(&o.x, 4.0f);
+    fill_signs(&o.weight, 1.0f);
+    for (int i = 0; i < s.hidden * 100; i++) o.x.cpu[i] /= 16; // 100 tokens of small logits
+    pair_upload(&o.x);
+    check_operands(gpu, &s, &o, "large logits");
+    free_operands(gpu, &o);
+}
+
+// What is not a number stays visible in the token's loss, and only there.
+static void check_not_a_number(Backend *gpu) {
+    const Shape s = {40, 64, 500, 0, 0};
+    Operands o = make_operands(gpu, &s);
+    o.x.cpu[0] = NAN;
+    o.x.cpu[(int64_t)s.hidden * 7] = INFINITY;
+    pair_upload(&o.x);
+    LinearCrossEntropyArgs args = args_of(&s, &o, true);
+    GPU_RUN(gpu, OP_LINEAR_CROSS_ENTROPY, linear_cross_entropy, &args);
+    float *losses = pair_download(&o.token_loss);
+    int wrong = 0;
+    for (int t = 0; t < s.tokens; t++) wrong += !isfinite(losses[t]) != (t == 0 || t == 7);
+    gpu_report(wrong, 0, "%s not a number in 2 of 40 tokens", dtype_name(gpu->compute_dtype));
+    free(losses);
     free_operands(gpu, &o);
 }
 
 // A target outside the vocabulary is never read through; synchronize() names it.
-static void check_bad_target(Backend *gpu, int32_t target) {
-    const Shape s = {12, 16, 50, 5, 0};
+static void check_bad_target(Backend *gpu, int hidden, int32_t target) {
+    const Shape s = {12, hidden, 50, 5, 0};
     Operands o = make_operands(gpu, &s);
     o.targets[7] = target;
     GPU_OK(gpu->ops->upload(gpu, o.gpu_targets, o.targets, sizeof *o.targets * 12));
@@ -149,10 +191,13 @@ static void check_bad_target(Backend *gpu, int32_t target) {
     free_operands(gpu, &o);
 }
 
+// Hidden sizes that are multiples of 64 take the fused products where there are such.
 static const Shape shapes[] = {
-    {1, 8, 8, 0, 0},       {64, 32, 4096, 64, 50}, {130, 40, 32000, 50, 5}, {50, 64, 151936, 0, 5},
-    {3000, 32, 300, 0, 5}, {7, 16, 1000, 3, 20},   {33, 64, 1003, 0, 10},   {100, 24, 517, 7, 100},
-    {300, 48, 8191, 0, 5}, {37, 16, 200001, 0, 5}, {1, 8, 5, 0, 0},         {1, 1, 2, 0, 0},
+    {1, 8, 8, 0, 0},       {64, 32, 4096, 64, 50}, {130, 40, 32000, 50, 5},  {50, 64, 151936, 0, 5},
+    {3000, 32, 300, 0, 5}, {7, 16, 1000, 3, 20},   {33, 64, 1003, 0, 10},    {100, 24, 517, 7, 100},
+    {300, 48, 8191, 0, 5}, {37, 16, 200001, 0, 5}, {1, 8, 5, 0, 0},          {1, 1, 2, 0, 0},
+    {9000, 64, 520, 0, 5}, {515, 192, 5000, 0, 5}, {700, 896, 2051, 300, 5}, {1, 64, 257, 0, 0},
+    {257, 64, 40, 0, 100}, {4400, 128, 512, 0, 5},
 };
 
 int main(void) {
@@ -165,9 +210,16 @@ int main(void) {
         if (shapes[i].vocab > 8) check_shape(bf16_grads, &shapes[i]);
     }
     backend_destroy(bf16_grads);
-    check_bad_target(bf16, 50);
-    check_bad_target(bf16, -2);
-    check_bad_target(f32, 2000000000);
+    check_large_logits(bf16);
+    check_large_logits(f32);
+    check_not_a_number(bf16);
+    check_not_a_number(f32);
+    check_bad_target(bf16, 16, 50);
+    check_bad_target(bf16, 64, 50);
+    check_bad_target(bf16, 64, -2);
+    check_bad_target(bf16, 16, -2);
+    check_bad_target(f32, 16, 2000000000);
+    check_bad_target(bf16, 64, 2000000000);
     backend_destroy(bf16);
     backend_destroy(f32);
     return gpu_test_result("cross-entropy");
