@@ -13,6 +13,7 @@
 #include <math.h>
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
+#include "cuda/hopper_grouped.h"
 #include "cuda/hopper_loss.h"
 
 // --- One row: loss, and logits to gradient ------------------------------------------------------
@@ -323,15 +324,31 @@ static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *a
     return STATUS_OK;
 }
 
-static Status chunk_gradients(CudaBackend *backend, const LinearCrossEntropyArgs *args,
-                              const Chunk *chunk) {
+static Status chunk_weight_gradient(CudaBackend *backend, const LinearCrossEntropyArgs *args,
+                                    const Chunk *chunk) {
+    HopperGradient grouped = {};
+    grouped.rows = chunk->rows;
+    grouped.m = args->vocab_size;
+    grouped.n = args->hidden_size;
+    grouped.left = chunk->logits;
+    grouped.left_stride = logits_stride(args);
+    grouped.right = chunk->x_right;
+    grouped.assign = args->grad_assign && chunk->first == 0;
+    grouped.grad = (float *)args->grad_weight;
+    if (hopper_gradient_takes(backend, &grouped) && hopper_gradient_fills(backend, &grouped))
+        return hopper_gradient(backend, &grouped);
     Gemm weight = gemm_of(backend, args->vocab_size, args->hidden_size, chunk->rows, chunk->logits,
                           chunk->x_right, args->grad_weight);
     weight.transpose_a = true;
     weight.lda = logits_stride(args);
     weight.dtype_c = backend->base.grad_dtype;
-    weight.beta = args->grad_assign && chunk->first == 0 ? 0.0f : 1.0f;
-    TRY(gemm_run(backend, &weight, 0));
+    weight.beta = grouped.assign ? 0.0f : 1.0f;
+    return gemm_run(backend, &weight, 0);
+}
+
+static Status chunk_gradients(CudaBackend *backend, const LinearCrossEntropyArgs *args,
+                              const Chunk *chunk) {
+    TRY(chunk_weight_gradient(backend, args, chunk));
     if (!args->dx) return STATUS_OK;
     char *dx = (char *)args->dx +
                chunk->first * args->hidden_size * (int64_t)dtype_bytes(backend->base.compute_dtype);

@@ -84,6 +84,36 @@ static __device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtens
                  : "memory");
 }
 
+// The same way back, as one of the thread's groups: the box at (column, row) from shared memory,
+// written over what is there or, with `add`, added to it. Boxes are cut off at the map's sizes.
+static __device__ __forceinline__ void store_box(uint32_t from, const CUtensorMap *map, int column,
+                                                 int row, bool add) {
+    if (add)
+        asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group "
+                     "[%0, {%1, %2}], [%3];\n" ::"l"(map),
+                     "r"(column), "r"(row), "r"(from)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
+                     "[%0, {%1, %2}], [%3];\n" ::"l"(map),
+                     "r"(column), "r"(row), "r"(from)
+                     : "memory");
+}
+static __device__ __forceinline__ void store_commit() {
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+// Until at most PENDING of the thread's groups still read shared memory.
+template <int PENDING> static __device__ __forceinline__ void store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(PENDING) : "memory");
+}
+static __device__ __forceinline__ void store_wait_all() {
+    asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
+}
+// Makes what this thread has written to shared memory visible to bulk copies.
+static __device__ __forceinline__ void store_fence() {
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
 // --- Registers -----------------------------------------------------------------------------------
 
 template <int COUNT> static __device__ __forceinline__ void registers_take() {
@@ -114,30 +144,59 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
 }
 
-#define HOPPER_F8(c, i)                                                                            \
+#define HOPPER_F16(c, i)                                                                           \
     "+f"((c)[i]), "+f"((c)[(i) + 1]), "+f"((c)[(i) + 2]), "+f"((c)[(i) + 3]), "+f"((c)[(i) + 4]),  \
-        "+f"((c)[(i) + 5]), "+f"((c)[(i) + 6]), "+f"((c)[(i) + 7])
-#define HOPPER_F32(c, i)                                                                           \
-    HOPPER_F8(c, i), HOPPER_F8(c, (i) + 8), HOPPER_F8(c, (i) + 16), HOPPER_F8(c, (i) + 24)
+        "+f"((c)[(i) + 5]), "+f"((c)[(i) + 6]), "+f"((c)[(i) + 7]), "+f"((c)[(i) + 8]),            \
+        "+f"((c)[(i) + 9]), "+f"((c)[(i) + 10]), "+f"((c)[(i) + 11]), "+f"((c)[(i) + 12]),         \
+        "+f"((c)[(i) + 13]), "+f"((c)[(i) + 14]), "+f"((c)[(i) + 15])
+#define HOPPER_F32(c, i) HOPPER_F16(c, i), HOPPER_F16(c, (i) + 16)
 
-// c (64, 128) of the warpgroup = a · b, or += where `add`. a is (64, 16), inner dimension last in
-// memory; b is (16, 128), its inner dimension last in memory or, with B_ROWS, first. The fragment:
-// c[4j], c[4j+1] are row 16·warp + lane/4, columns 8j + 2·(lane%4) and the next; c[4j+2], c[4j+3]
-// are 8 rows below.
-template <bool B_ROWS>
-static __device__ __forceinline__ void wgmma_64x128(float *c, uint64_t a, uint64_t b, bool add) {
-    asm volatile("{\n"
-                 ".reg .pred add;\n"
-                 "setp.ne.b32 add, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "%64, %65, add, 1, 1, 0, %67;\n"
-                 "}\n"
-                 : HOPPER_F32(c, 0), HOPPER_F32(c, 32)
-                 : "l"(a), "l"(b), "r"((int)add), "n"((int)B_ROWS));
+// c (64, N) of the warpgroup = a · b, or += where `add`. a is (64, 16), its inner dimension last in
+// memory or, with A_ROWS, first; b is (16, N), its inner dimension last or, with B_ROWS, first. The
+// fragment: c[4j], c[4j+1] are row 16·warp + lane/4, columns 8j + 2·(lane%4) and the next; c[4j+2],
+// c[4j+3] are 8 rows below.
+template <int N, bool A_ROWS, bool B_ROWS>
+static __device__ __forceinline__ void wgmma(float *c, uint64_t a, uint64_t b, bool add) {
+    static_assert(N == 64 || N == 96 || N == 128, "a width that a kernel uses");
+    if constexpr (N == 64)
+        asm volatile(
+            "{\n"
+            ".reg .pred add;\n"
+            "setp.ne.b32 add, %34, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+            "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "%32, %33, add, 1, 1, %35, %36;\n"
+            "}\n"
+            : HOPPER_F32(c, 0)
+            : "l"(a), "l"(b), "r"((int)add), "n"((int)A_ROWS), "n"((int)B_ROWS));
+    else if constexpr (N == 96)
+        asm volatile(
+            "{\n"
+            ".reg .pred add;\n"
+            "setp.ne.b32 add, %50, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+            "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+            "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+            "%48, %49, add, 1, 1, %51, %52;\n"
+            "}\n"
+            : HOPPER_F32(c, 0), HOPPER_F16(c, 32)
+            : "l"(a), "l"(b), "r"((int)add), "n"((int)A_ROWS), "n"((int)B_ROWS));
+    else
+        asm volatile(
+            "{\n"
+            ".reg .pred add;\n"
+            "setp.ne.b32 add, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+            "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+            "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+            "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "%64, %65, add, 1, 1, %67, %68;\n"
+            "}\n"
+            : HOPPER_F32(c, 0), HOPPER_F32(c, 32)
+            : "l"(a), "l"(b), "r"((int)add), "n"((int)A_ROWS), "n"((int)B_ROWS));
 }
 
 #endif

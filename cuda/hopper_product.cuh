@@ -47,7 +47,7 @@ enum {
 //     struct Example {
 //         CUtensorMap a, b;   // a: rows by inner dimension, in boxes of BLOCK_ROWS rows
 //         int tiles, k_steps; // of a cluster; steps of TILE_K
-//         static constexpr bool B_ROWS;                             // see wgmma_64x128
+//         static constexpr bool B_ROWS;                             // see wgmma
 //         bool idle() const;                                        // nothing to do at all
 //         Tile tile_at(int index) const;
 //         BoxPlace box_of_b(const Tile &, int box, int step) const; // a quarter of its columns
@@ -112,6 +112,13 @@ static __device__ __forceinline__ void load_tiles(const Product &product, uint32
     }
 }
 
+static __device__ __forceinline__ void init_stages(uint32_t full, uint32_t empty) {
+    for (int s = 0; s < STAGES; s++) {
+        barrier_init(full + 8 * s, 1);            // the loader
+        barrier_init(empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
+    }
+}
+
 // --- The warpgroups that multiply ----------------------------------------------------------------
 
 static __device__ __forceinline__ void give_back(uint32_t empty) {
@@ -119,10 +126,10 @@ static __device__ __forceinline__ void give_back(uint32_t empty) {
     for (int block = 0; block < CLUSTER; block++) barrier_arrive(empty, block);
 }
 
-// c = the tile's product for this warpgroup's 64 rows. A stage is handed back to all loaders once
-// the products that read it are over, one step later.
-template <bool B_ROWS>
-static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ring *ring,
+// c = the tile's product of COLUMNS columns for this warpgroup's 64 rows, over at least one step. A
+// stage is handed back to all loaders once the products that read it are over, one step later.
+template <int COLUMNS, bool A_ROWS, bool B_ROWS>
+static __device__ __forceinline__ void multiply(float (&c)[COLUMNS / 2], int k_steps, Ring *ring,
                                                 uint32_t tiles, uint32_t full, uint32_t empty,
                                                 int warpgroup, bool speaker) {
     int last = -1;
@@ -132,15 +139,16 @@ static __device__ __forceinline__ void multiply(float (&c)[128], int k_steps, Ri
         barrier_wait(full + 8 * ring->stage, ring->phase);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / 16; k++) {
-            const uint64_t left = tile_descriptor(a + 32 * k, 1024, 16);
-#pragma unroll
-            for (int half = 0; half < 2; half++) { // n = 256 needs more registers at the start
-                const uint32_t at = b + half * B_BYTES / 2 + (B_ROWS ? 2048 : 32) * k;
-                wgmma_64x128<B_ROWS>(c + 64 * half, left,
-                                     tile_descriptor(at, 1024, B_ROWS ? BOX_BYTES : 16),
-                                     step > 0 || k > 0);
-            }
+        for (int k = 0; k < TILE_K / 16;
+             k++) { // all columns at once need more registers at the start
+            const bool add = step > 0 || k > 0;
+            const uint32_t at = b + (B_ROWS ? 2048 : 32) * k;
+            const uint32_t right = B_ROWS ? BOX_BYTES : 16;
+            const uint64_t left = A_ROWS ? tile_descriptor(a + 2048 * k, 1024, BOX_BYTES)
+                                         : tile_descriptor(a + 32 * k, 1024, 16);
+            wgmma<128, A_ROWS, B_ROWS>(c, left, tile_descriptor(at, 1024, right), add);
+            wgmma<COLUMNS - 128, A_ROWS, B_ROWS>(
+                c + 64, left, tile_descriptor(at + 2 * BOX_BYTES, 1024, right), add);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -252,10 +260,10 @@ static __device__ __forceinline__ void multiply_tiles(const Product &product,
     const bool speaker = threadIdx.x % 128 == 0;
     Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
     Ring ring = {0, 0};
-    float c[128];
+    float c[TILE_COLUMNS / 2];
     for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
-        multiply<Product::B_ROWS>(c, product.k_steps, &ring, shared.tiles, shared.full,
-                                  shared.empty, warpgroup, speaker);
+        multiply<TILE_COLUMNS, false, Product::B_ROWS>(
+            c, product.k_steps, &ring, shared.tiles, shared.full, shared.empty, warpgroup, speaker);
         hand_over(c, &handover, lane);
     }
 }
@@ -275,10 +283,7 @@ static __device__ __forceinline__ void finish_tiles(const Product &product, cons
 }
 
 static __device__ __forceinline__ void init_barriers(const Shared &shared) {
-    for (int s = 0; s < STAGES; s++) {
-        barrier_init(shared.full + 8 * s, 1);            // the loader
-        barrier_init(shared.empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
-    }
+    init_stages(shared.full, shared.empty);
     for (int half = 0; half < 2; half++) { // warps
         barrier_init(shared.handover + 16 * half, 4);
         barrier_init(shared.handover + 16 * half + 8, 2);

@@ -6,10 +6,12 @@
 // weighted output; backward has Σ dA·silu(gate)·up as the gate's gradient and needs no expert
 // output.
 //
-// The experts run beside each other as cuda/grouped.h arranges it; the counts that the host needs
-// for that arrive while the gather, which does not need them, runs.
+// On a Hopper chip each product runs over all experts at once where that fills the chip
+// (hopper_grouped.h). Elsewhere the experts run beside each other as cuda/grouped.h arranges it;
+// the counts that the host needs for that arrive while the gather, which does not need them, runs.
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
+#include "cuda/hopper_grouped.h"
 #include "cuda/hopper_mlp.h"
 #include "cuda/rows.h"
 #include "cuda/swiglu.cuh"
@@ -30,7 +32,9 @@ typedef struct Moe {
     MoeScratch scratch;
     size_t element;       // bytes of a value
     const int32_t *begin; // (N+1) on the host
-    bool fused;           // the products around SwiGLU are done for all experts at once
+    // What is done for all experts at once: the products around SwiGLU; the second product of the
+    // pass, that with down or that to dx; the weights' gradients.
+    bool fused, second_done, down_done, gate_up_done;
 } Moe;
 
 // --- Rows --------------------------------------------------------------------------------------
@@ -152,6 +156,43 @@ static Status fused_backward(Moe *m) {
     return m->fused ? hopper_mlp_backward(m->b, &mlp) : STATUS_OK;
 }
 
+// out (R, N) = in (R, K) · weight of each expert, over all of them if *done.
+static Status grouped_rows(const Moe *m, const void *in, int inner, const void *weight, int columns,
+                           bool inner_last, void *out, bool *done) {
+    const MoeFfnArgs *args = m->args;
+    HopperRows p = {};
+    p.groups = args->num_experts;
+    p.begin = m->begin;
+    p.rows = args->tokens * args->top_k;
+    p.inner = inner;
+    p.columns = columns;
+    p.inner_last = inner_last;
+    p.in = in;
+    p.weight = weight;
+    p.out = out;
+    *done = hopper_rows_takes(m->b, &p) && hopper_rows_fills(m->b, &p);
+    return *done ? hopper_rows(m->b, &p) : STATUS_OK;
+}
+
+// grad (M, N) of each expert += leftᵀ · right over its rows, over all of them if *done.
+static Status grouped_gradient(const Moe *m, const void *left, int out_rows, const void *right,
+                               int columns, void *grad, bool *done) {
+    const MoeFfnArgs *args = m->args;
+    HopperGradient p = {};
+    p.groups = args->num_experts;
+    p.begin = m->begin;
+    p.rows = args->tokens * args->top_k;
+    p.m = out_rows;
+    p.n = columns;
+    p.left = left;
+    p.left_stride = out_rows;
+    p.right = right;
+    p.assign = args->grad_assign;
+    p.grad = (float *)grad;
+    *done = hopper_gradient_takes(m->b, &p) && hopper_gradient_fills(m->b, &p);
+    return *done ? hopper_gradient(m->b, &p) : STATUS_OK;
+}
+
 // --- One expert ----------------------------------------------------------------------------------
 
 // A product over the rows of one expert.
@@ -197,7 +238,7 @@ static Status forward_expert(const void *context, int e, cudaStream_t stream, in
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
     const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
     if (!m->fused) TRY(gate_up_and_activation(m, e, stream, stream_index));
-    if (!args->out) return STATUS_OK;
+    if (!args->out || m->second_done) return STATUS_OK;
     Gemm down = expert_gemm(m, rows, hidden, inner, row_of(m, m->scratch.activation, begin, inner),
                             expert_of(args->weight_down, e, hidden, inner, m->element),
                             row_of(m, m->scratch.rows, begin, hidden));
@@ -214,7 +255,10 @@ Status cuda_moe_ffn_forward(Backend *base, const MoeFfnArgs *args) {
     TRY(moe_counts(&m));
     TRY(fused_forward(&m));
     if (m.fused && !args->out) return STATUS_OK;
-    TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
+    if (m.fused)
+        TRY(grouped_rows(&m, m.scratch.activation, args->intermediate_size, args->weight_down,
+                         args->hidden_size, true, m.scratch.rows, &m.second_done));
+    if (!m.second_done) TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
     return args->out ? combine(&m, args->out) : STATUS_OK;
 }
 
@@ -262,11 +306,25 @@ static Status backward_expert(const void *context, int e, cudaStream_t stream, i
         expert_gemm(m, rows, hidden, 2 * inner, row_of(m, scratch->dgate_up, begin, 2 * inner),
                     expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
                     row_of(m, scratch->rows, begin, hidden));
-    TRY(gemm_run(m->b, &dx, stream_index));
-    TRY(weight_gradient(m, e, stream_index, scratch->dout, hidden, scratch->activation, inner,
-                        args->grad_down));
+    if (!m->second_done) TRY(gemm_run(m->b, &dx, stream_index));
+    if (!m->down_done)
+        TRY(weight_gradient(m, e, stream_index, scratch->dout, hidden, scratch->activation, inner,
+                            args->grad_down));
+    if (m->gate_up_done) return STATUS_OK;
     return weight_gradient(m, e, stream_index, scratch->dgate_up, 2 * inner, scratch->x, hidden,
                            args->grad_gate_up);
+}
+
+static Status grouped_backward(Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    const MoeScratch *scratch = &m->scratch;
+    const int hidden = args->hidden_size, inner = args->intermediate_size;
+    TRY(grouped_rows(m, scratch->dgate_up, 2 * inner, args->weight_gate_up, hidden, false,
+                     scratch->rows, &m->second_done));
+    TRY(grouped_gradient(m, scratch->dout, hidden, scratch->activation, inner, args->grad_down,
+                         &m->down_done));
+    return grouped_gradient(m, scratch->dgate_up, 2 * inner, scratch->x, hidden, args->grad_gate_up,
+                            &m->gate_up_done);
 }
 
 // experts_run() has nothing to do for an expert without rows, whose gradients are zeros then.
@@ -275,10 +333,12 @@ static Status zero_idle_gradients(const Moe *m) {
     const int64_t inner = args->intermediate_size, hidden = args->hidden_size;
     for (int e = 0; e < args->num_experts; e++) {
         if (m->begin[e + 1] > m->begin[e]) continue;
-        TRY(weight_gradient(m, e, 0, m->scratch.dout, hidden, m->scratch.activation, inner,
-                            args->grad_down));
-        TRY(weight_gradient(m, e, 0, m->scratch.dgate_up, 2 * inner, m->scratch.x, hidden,
-                            args->grad_gate_up));
+        if (!m->down_done)
+            TRY(weight_gradient(m, e, 0, m->scratch.dout, hidden, m->scratch.activation, inner,
+                                args->grad_down));
+        if (!m->gate_up_done)
+            TRY(weight_gradient(m, e, 0, m->scratch.dgate_up, 2 * inner, m->scratch.x, hidden,
+                                args->grad_gate_up));
     }
     return STATUS_OK;
 }
@@ -303,7 +363,9 @@ Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
     TRY(fused_backward(&m));
-    TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
+    if (m.fused) TRY(grouped_backward(&m));
+    if (!(m.second_done && m.down_done && m.gate_up_done))
+        TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
     if (args->grad_assign) TRY(zero_idle_gradients(&m));
     return combine(&m, args->dx);
 }

@@ -1,0 +1,100 @@
+// Time of the grouped products of Hopper chips at the sizes of the LF-UC model and of the LM head,
+// beside one cuBLAS product of the same FLOPs.
+#include "cuda/hopper_grouped.h"
+extern "C" {
+#include "tests/gpu/gpu_test.h"
+}
+
+enum { TOKENS = 32768, EXPERTS = 6, HIDDEN = 896, INNER = 4864, VOCAB = 151936, CHUNK = 8192 };
+
+static Status run_rows(Backend *gpu, const void *args) {
+    return hopper_rows(cuda_of(gpu), (const HopperRows *)args);
+}
+static Status run_gradient(Backend *gpu, const void *args) {
+    return hopper_gradient(cuda_of(gpu), (const HopperGradient *)args);
+}
+static Status run_gemm(Backend *gpu, const void *args) {
+    return gemm_run(cuda_of(gpu), (const Gemm *)args, 0);
+}
+
+static void print_line(const char *name, double flops, double ours, double one) {
+    printf("%-28s %7.3f ms %6.1f TFLOP/s   one GEMM %7.3f ms %6.1f TFLOP/s   %5.1f %%\n", name,
+           ours * 1e3, flops / ours * 1e-12, one * 1e3, flops / one * 1e-12, 100 * one / ours);
+    fflush(stdout);
+}
+
+static void bench_rows(Backend *gpu, const char *name, const int32_t *begin, int k, int n,
+                       bool inner_last) {
+    Pair in = pair_random(gpu, DTYPE_BF16, (int64_t)TOKENS * k, 1.0f);
+    Pair weight = pair_random(gpu, DTYPE_BF16, (int64_t)EXPERTS * n * k, 0.03f);
+    Pair out = pair_poisoned(gpu, DTYPE_BF16, (int64_t)TOKENS * n);
+    HopperRows p = {};
+    p.groups = EXPERTS;
+    p.begin = begin;
+    p.rows = TOKENS;
+    p.inner = k;
+    p.columns = n;
+    p.inner_last = inner_last;
+    p.in = in.gpu;
+    p.weight = weight.gpu;
+    p.out = out.gpu;
+    Gemm gemm = gemm_of(cuda_of(gpu), TOKENS, n, k, in.gpu, weight.gpu, out.gpu);
+    gemm.transpose_b = inner_last;
+    const double one = gpu_bench(gpu, OP_KIND_COUNT, &gemm, run_gemm);
+    print_line(name, 2.0 * TOKENS * k * n, gpu_bench(gpu, OP_KIND_COUNT, &p, run_rows), one);
+    Pair *all[] = {&in, &weight, &out};
+    for (Pair *pair : all) pair_free(pair);
+}
+
+static void bench_gradient(Backend *gpu, const char *name, const int32_t *begin, int groups,
+                           int64_t rows, int m, int n, bool assign) {
+    Pair left = pair_random(gpu, DTYPE_BF16, rows * m, 1.0f);
+    Pair right = pair_random(gpu, DTYPE_BF16, rows * n, 1.0f);
+    Pair grad = pair_filled(gpu, DTYPE_F32, (int64_t)groups * m * n, 0.0f);
+    HopperGradient p = {};
+    p.groups = groups;
+    p.begin = begin;
+    p.rows = rows;
+    p.m = m;
+    p.n = n;
+    p.left = left.gpu;
+    p.left_stride = m;
+    p.right = right.gpu;
+    p.assign = assign;
+    p.grad = (float *)grad.gpu;
+    Gemm gemm = gemm_of(cuda_of(gpu), m, n, rows, left.gpu, right.gpu, grad.gpu);
+    gemm.transpose_a = true;
+    gemm.dtype_c = DTYPE_F32;
+    gemm.beta = assign ? 0.0f : 1.0f;
+    const double one = gpu_bench(gpu, OP_KIND_COUNT, &gemm, run_gemm);
+    print_line(name, 2.0 * (double)rows * m * n, gpu_bench(gpu, OP_KIND_COUNT, &p, run_gradient),
+               one);
+    Pair *all[] = {&left, &right, &grad};
+    for (Pair *pair : all) pair_free(pair);
+}
+
+int main(void) {
+    Backend *gpu = gpu_backend(false);
+    int32_t even[EXPERTS + 1] = {0}, half[EXPERTS + 1] = {0};
+    HopperRows any = {};
+    any.rows = 1;
+    if (!hopper_rows_takes(cuda_of(gpu), &any)) return 77;
+    for (int e = 0; e < EXPERTS; e++) { // not exactly even: routed counts never are
+        even[e + 1] = TOKENS * (e + 1) / EXPERTS + (e + 1 < EXPERTS ? (e * 37) % 101 : 0);
+        half[e + 1] = TOKENS / 2 + TOKENS / 2 * e / (EXPERTS - 1);
+    }
+    bench_rows(gpu, "down", even, INNER, HIDDEN, true);
+    bench_rows(gpu, "down, half on one", half, INNER, HIDDEN, true);
+    bench_rows(gpu, "d x", even, 2 * INNER, HIDDEN, false);
+    bench_rows(gpu, "d x, half on one", half, 2 * INNER, HIDDEN, false);
+    bench_gradient(gpu, "gate_up", even, EXPERTS, TOKENS, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "gate_up, added", even, EXPERTS, TOKENS, 2 * INNER, HIDDEN, false);
+    bench_gradient(gpu, "gate_up, half on one", half, EXPERTS, TOKENS, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "down's gradient", even, EXPERTS, TOKENS, HIDDEN, INNER, true);
+    bench_gradient(gpu, "down's gradient, added", even, EXPERTS, TOKENS, HIDDEN, INNER, false);
+    bench_gradient(gpu, "LM head, chunk", NULL, 1, CHUNK, VOCAB, HIDDEN, false);
+    bench_gradient(gpu, "dense gate_up", NULL, 1, TOKENS, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "dense down", NULL, 1, TOKENS, HIDDEN, INNER, true);
+    backend_destroy(gpu);
+    return 0;
+}
