@@ -6,7 +6,7 @@
 // zero, and what it would write there is cut off by the copy engine.
 //
 // Loading and multiplying are those of hopper_product.cuh. Nothing elementwise happens here, so the
-// warpgroups that multiply also store: 64 columns at a time go through shared memory to the copy
+// warpgroups that multiply also store: 32 columns at a time go through shared memory to the copy
 // engine, which stores them, or adds them to fp32 gradients, while the next ones are on their way.
 #include "cuda/hopper_grouped.h"
 #include "cuda/hopper_launch.cuh"
@@ -31,11 +31,11 @@ enum {
     GROUPED_THREADS = 384,
     GROUPED_LOAD_REGISTERS = 40,
     GROUPED_MULTIPLY_REGISTERS = 232,
-    QUARTER = 64, // columns that are stored together
-    BLOCK = 32,   // columns of a box that is stored: 64 rows of bf16, 32 of fp32
-    STORE_BOX_BYTES = 4096,
-    STORE_BYTES = 4 * STORE_BOX_BYTES, // of one quarter of one warpgroup
-    GROUPED_SHARED = STAGES * STAGE_BYTES + 4 * STORE_BYTES + 1024,
+    GROUPED_STAGES = 4,
+    PIECE = 32, // columns that are stored together: 64 rows of bf16, or twice 32 of fp32
+    PIECE_BYTES = 64 * PIECE * 4,
+    BOX_F32_BYTES = PIECE_BYTES / 2,
+    GROUPED_SHARED = GROUPED_STAGES * STAGE_BYTES + 4 * PIECE_BYTES + 1024,
 };
 
 typedef struct GroupedArgs {
@@ -58,8 +58,7 @@ static __device__ __forceinline__ GroupTile tile_of(const GroupedArgs &args, int
     return GroupTile{group, index / args.tiles_n * CLUSTER_ROWS, index % args.tiles_n * columns};
 }
 
-// --- Loading
-// ---------------------------------------------------------------------------------------
+// --- Loading ------------------------------------------------------------------------------------
 
 template <int COLUMNS, Kind KIND> struct StageOf {
     static constexpr int BOXES_N = (COLUMNS + 63) / 64; // of 64 columns
@@ -96,7 +95,8 @@ static __device__ __forceinline__ void load_groups(const GroupedArgs &args, uint
     Ring ring = {0, 1}; // the stages begin empty
     for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
         const GroupTile tile = tile_of(args, index, COLUMNS);
-        for (int step = 0; step < args.k_steps[tile.group]; step++, advance(&ring)) {
+        const int k_steps = args.k_steps[tile.group];
+        for (int step = 0; step < k_steps; step++, advance<GROUPED_STAGES>(&ring)) {
             const uint32_t loaded = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.phase);
             barrier_expect(loaded, StageOf<COLUMNS, KIND>::BYTES);
@@ -106,8 +106,7 @@ static __device__ __forceinline__ void load_groups(const GroupedArgs &args, uint
     }
 }
 
-// --- Storing
-// ---------------------------------------------------------------------------------------
+// --- Storing ------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ void store_shared(uint32_t to, float x) {
     asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(to), "f"(x) : "memory");
@@ -116,34 +115,30 @@ static __device__ __forceinline__ void store_shared(uint32_t to, float x, float 
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
-// A quarter of 64 by 64 fp32 lies in four boxes of 32 by 32: rows of 128 bytes, whose 16-byte chunk
-// c is at place c ^ (row & 7), as the copy engine's swizzle wants it. What depends on the thread is
-// one address; the rest are constants added to it or, inside a row, exclusive-ored.
-
-// CHUNKS: of 8 columns that exist.
-template <int CHUNKS>
+// A piece of fp32 is 64 rows by 32 columns of the tile, in two boxes of 32 by 32: rows of 128
+// bytes, whose 16-byte chunk c is at place c ^ (row & 7), as the copy engine's swizzle wants it.
+// What depends on the thread is one address; the rest are constants added to it or, inside a row,
+// exclusive-ored.
 static __device__ __forceinline__ void put_gradient(const float *c, uint32_t buffer, int warp,
                                                     int lane) {
-    const uint32_t place = buffer + warp / 2 * 2 * STORE_BOX_BYTES +
-                           (warp % 2 * 16 + lane / 4) * 128 + ((lane % 4 / 2 ^ lane / 4) << 4) +
-                           lane % 2 * 8;
+    const uint32_t place = buffer + warp / 2 * BOX_F32_BYTES + (warp % 2 * 16 + lane / 4) * 128 +
+                           ((lane % 4 / 2 ^ lane / 4) << 4) + lane % 2 * 8;
 #pragma unroll
-    for (int j = 0; j < CHUNKS; j++) {
-        const uint32_t to = (place ^ j % 4 << 5) + j / 4 * STORE_BOX_BYTES;
+    for (int j = 0; j < PIECE / 8; j++) {
+        const uint32_t to = place ^ j << 5;
         store_shared(to, c[4 * j], c[4 * j + 1]);
         store_shared(to + 8 * 128, c[4 * j + 2], c[4 * j + 3]); // 8 rows below
     }
 }
 
 // The same with rows and columns exchanged.
-template <int CHUNKS>
 static __device__ __forceinline__ void put_transposed(const float *c, uint32_t buffer, int warp,
                                                       int lane) {
-    const uint32_t place = buffer + warp / 2 * STORE_BOX_BYTES + lane % 4 * 2 * 128 +
+    const uint32_t place = buffer + warp / 2 * BOX_F32_BYTES + lane % 4 * 2 * 128 +
                            ((warp % 2 * 4 + lane / 16 ^ lane % 4 * 2) << 4) + lane / 4 % 4 * 4;
 #pragma unroll
-    for (int j = 0; j < CHUNKS; j++) {
-        const uint32_t to = place + j % 4 * 8 * 128 + j / 4 * 2 * STORE_BOX_BYTES;
+    for (int j = 0; j < PIECE / 8; j++) {
+        const uint32_t to = place + j * 8 * 128;
         store_shared(to, c[4 * j]);
         store_shared((to ^ 1 << 4) + 128, c[4 * j + 1]);
         store_shared(to ^ 2 << 4, c[4 * j + 2]);
@@ -151,50 +146,44 @@ static __device__ __forceinline__ void put_transposed(const float *c, uint32_t b
     }
 }
 
-// Boxes of 64 rows by 32 columns of bf16.
-template <int CHUNKS>
+// A piece of bf16 is one box: rows of 64 bytes, whose chunk c is at place c ^ (row / 2 & 3).
 static __device__ __forceinline__ void put_rows(const float *c, uint32_t buffer, int warp,
                                                 int lane) {
     const int row = warp * 16 + lane % 16;
     const uint32_t place = buffer + row * 64 + ((lane / 16 ^ (row >> 1 & 3)) << 4);
 #pragma unroll
-    for (int pair = 0; pair < CHUNKS / 2; pair++) {
+    for (int pair = 0; pair < PIECE / 16; pair++) { // of chunks of 8 columns
         const float *from = c + 8 * pair;
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                         (place ^ pair % 2 << 5) + pair / 2 * STORE_BOX_BYTES),
+                         place ^ pair << 5),
                      "r"(pack_bf16(from[0], from[1])), "r"(pack_bf16(from[2], from[3])),
                      "r"(pack_bf16(from[4], from[5])), "r"(pack_bf16(from[6], from[7]))
                      : "memory");
     }
 }
 
-template <Kind KIND, int CHUNKS>
+template <Kind KIND>
 static __device__ __forceinline__ void put(const float *c, uint32_t buffer, int warp, int lane) {
     if (KIND == GRADIENT)
-        put_gradient<CHUNKS>(c, buffer, warp, lane);
+        put_gradient(c, buffer, warp, lane);
     else if (KIND == GRADIENT_TRANSPOSED)
-        put_transposed<CHUNKS>(c, buffer, warp, lane);
+        put_transposed(c, buffer, warp, lane);
     else
-        put_rows<CHUNKS>(c, buffer, warp, lane);
+        put_rows(c, buffer, warp, lane);
 }
 
-// From one thread: a quarter's first `columns` columns at (row, column) of the result.
+// From one thread: the piece at (row, column) of the tile's result.
 template <Kind KIND>
-static __device__ __forceinline__ void store_quarter(const GroupedArgs &args, int group,
-                                                     uint32_t buffer, int row, int column,
-                                                     int columns) {
+static __device__ __forceinline__ void send_piece(const GroupedArgs &args, int group,
+                                                  uint32_t buffer, int row, int column) {
     const CUtensorMap *out = &args.out[group];
-    for (int c = 0; c < columns / BLOCK; c++) {
-        if (!is_gradient(KIND))
-            store_box(buffer + c * STORE_BOX_BYTES, out, column + c * BLOCK, row, false);
-        for (int r = 0; r < 2 && is_gradient(KIND); r++) {
-            if (KIND == GRADIENT)
-                store_box(buffer + (2 * r + c) * STORE_BOX_BYTES, out, column + c * BLOCK,
-                          row + r * BLOCK, args.add);
-            else
-                store_box(buffer + (2 * c + r) * STORE_BOX_BYTES, out, row + r * BLOCK,
-                          column + c * BLOCK, args.add);
-        }
+    if (!is_gradient(KIND)) store_box(buffer, out, column, row, false);
+    for (int i = 0; i < 2 && is_gradient(KIND); i++) {
+        const uint32_t from = buffer + i * BOX_F32_BYTES;
+        if (KIND == GRADIENT)
+            store_box(from, out, column, row + i * PIECE, args.add);
+        else
+            store_box(from, out, row + i * PIECE, column, args.add);
     }
     store_commit();
 }
@@ -207,46 +196,39 @@ static __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
 template <int COLUMNS, Kind KIND>
 static __device__ __forceinline__ void store_tile(const GroupedArgs &args, const GroupTile &tile,
                                                   const float (&c)[COLUMNS / 2], uint32_t buffers,
-                                                  int row, int warpgroup, int *turn) {
+                                                  int row, int warpgroup) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool speaker = threadIdx.x % 128 == 0;
 #pragma unroll
-    for (int q = 0; q < (COLUMNS + QUARTER - 1) / QUARTER; q++, *turn ^= 1) {
-        constexpr int ODD = COLUMNS % QUARTER; // columns of the last quarter, if not all
-        const bool whole = ODD == 0 || q < COLUMNS / QUARTER;
-        const uint32_t buffer = buffers + *turn * STORE_BYTES;
-        const float *from = c + q * QUARTER / 2;
-        if (speaker) store_wait_read<1>(); // what was stored from this buffer before
+    for (int p = 0; p < COLUMNS / PIECE; p++) {
+        const uint32_t buffer = buffers + p % 2 * PIECE_BYTES;
+        // What was stored from this buffer before: two pieces ago, or by the tile before.
+        if (speaker && p == 0) store_wait_read<0>();
+        if (speaker && p > 0) store_wait_read<1>();
         warpgroup_sync(warpgroup);
-        if (whole)
-            put<KIND, QUARTER / 8>(from, buffer, warp, lane);
-        else
-            put<KIND, ODD / 8>(from, buffer, warp, lane);
+        put<KIND>(c + p * PIECE / 2, buffer, warp, lane);
         store_fence();
         warpgroup_sync(warpgroup);
-        if (speaker)
-            store_quarter<KIND>(args, tile.group, buffer, row, tile.column + q * QUARTER,
-                                whole ? QUARTER : ODD);
+        if (speaker) send_piece<KIND>(args, tile.group, buffer, row, tile.column + p * PIECE);
     }
 }
 
-// --- The kernel ----------------------------------------------------------------------------------
+// --- The kernel ---------------------------------------------------------------------------------
 
 template <int COLUMNS, Kind KIND>
 static __device__ __forceinline__ void multiply_groups(const GroupedArgs &args, uint32_t tiles,
                                                        uint32_t full, uint32_t empty, int rank) {
     const int warpgroup = threadIdx.x / 128 - 1;
     const bool speaker = threadIdx.x % 128 == 0;
-    const uint32_t buffers = tiles + STAGES * STAGE_BYTES + warpgroup * 2 * STORE_BYTES;
+    const uint32_t buffers = tiles + GROUPED_STAGES * STAGE_BYTES + warpgroup * 2 * PIECE_BYTES;
     Ring ring = {0, 0};
-    int turn = 0;
     float c[COLUMNS / 2];
     for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
         const GroupTile tile = tile_of(args, index, COLUMNS);
-        multiply<COLUMNS, is_gradient(KIND), inner_first(KIND)>(
+        multiply<GROUPED_STAGES, COLUMNS, COLUMNS, is_gradient(KIND), inner_first(KIND)>(
             c, args.k_steps[tile.group], &ring, tiles, full, empty, warpgroup, speaker);
         store_tile<COLUMNS, KIND>(args, tile, c, buffers,
-                                  tile.row + rank * BLOCK_ROWS + warpgroup * 64, warpgroup, &turn);
+                                  tile.row + rank * BLOCK_ROWS + warpgroup * 64, warpgroup);
     }
     if (speaker) store_wait_all();
 }
@@ -255,12 +237,12 @@ template <int COLUMNS, Kind KIND>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUPED_THREADS, 1)
     grouped_kernel(const __grid_constant__ GroupedArgs args) {
     extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * STAGES];
+    __shared__ uint64_t barriers[2 * GROUPED_STAGES];
     const uint32_t tiles = (shared_address(dynamic) + 1023) & ~1023u;
-    const uint32_t full = shared_address(barriers), empty = full + 8 * STAGES;
+    const uint32_t full = shared_address(barriers), empty = full + 8 * GROUPED_STAGES;
     const int rank = (int)cluster_rank();
     if (threadIdx.x == 0) {
-        init_stages(full, empty);
+        init_stages(GROUPED_STAGES, full, empty);
         barrier_init_done();
     }
     cluster_sync();
@@ -275,8 +257,7 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUPED
     cluster_sync(); // the other block may still copy or arrive here
 }
 
-// --- Host: tiles
-// -----------------------------------------------------------------------------------
+// --- Host: tiles --------------------------------------------------------------------------------
 
 static int64_t tiles_of(int64_t m, int64_t n, int columns) {
     return div_up(m, CLUSTER_ROWS) * div_up(n, columns);
@@ -321,8 +302,7 @@ static void sort_groups(const int32_t *begin, int64_t rows, int groups, int *ord
     }
 }
 
-// --- Host: launch
-// ----------------------------------------------------------------------------------
+// --- Host: launch -------------------------------------------------------------------------------
 
 template <int COLUMNS, Kind KIND>
 static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
@@ -352,8 +332,7 @@ static void add_group(GroupedArgs *args, int64_t m, int64_t k) {
     args->tile_begin[g + 1] = args->tiles;
 }
 
-// --- Host: rows
-// ------------------------------------------------------------------------------------
+// --- Host: rows ---------------------------------------------------------------------------------
 
 bool hopper_rows_takes(const CudaBackend *backend, const HopperRows *p) {
     const uintptr_t bits = (uintptr_t)p->in | (uintptr_t)p->weight | (uintptr_t)p->out;
@@ -375,7 +354,7 @@ static Status map_rows(CudaBackend *backend, const HopperRows *p, int g, int col
     const int64_t begin = p->begin ? p->begin[g] : 0, rows = group_rows(p->begin, p->rows, g);
     const int64_t k = p->inner, n = p->columns;
     const bf16 *weight = (const bf16 *)p->weight + g * n * k;
-    const MapShape out = {(bf16 *)p->out + begin * n, rows, n, 64, BLOCK, DTYPE_BF16};
+    const MapShape out = {(bf16 *)p->out + begin * n, rows, n, 64, PIECE, DTYPE_BF16};
     TRY(make_map(backend, (const bf16 *)p->in + begin * k, rows, k, BLOCK_ROWS, &args->a[at]));
     TRY(make_map_of(backend, &out, &args->out[at]));
     if (p->inner_last) return make_map(backend, weight, n, k, columns / CLUSTER, &args->b[at]);
@@ -398,8 +377,7 @@ Status hopper_rows(CudaBackend *backend, const HopperRows *p) {
                          : launch_columns<ROWS_INNER_FIRST>(backend, columns, args);
 }
 
-// --- Host: gradients
-// -------------------------------------------------------------------------------
+// --- Host: gradients ----------------------------------------------------------------------------
 
 bool hopper_gradient_takes(const CudaBackend *backend, const HopperGradient *p) {
     const uintptr_t bits = (uintptr_t)p->left | (uintptr_t)p->right | (uintptr_t)p->grad;
@@ -423,7 +401,7 @@ bool hopper_gradient_fills(const CudaBackend *backend, const HopperGradient *p) 
 static Status map_gradient(CudaBackend *backend, const HopperGradient *p, int g, int at,
                            GroupedArgs *args) {
     const int64_t begin = p->begin ? p->begin[g] : 0, rows = group_rows(p->begin, p->rows, g);
-    const MapShape grad = {p->grad + (int64_t)g * p->m * p->n, p->m, p->n, BLOCK, BLOCK, DTYPE_F32};
+    const MapShape grad = {p->grad + (int64_t)g * p->m * p->n, p->m, p->n, PIECE, PIECE, DTYPE_F32};
     const MapShape left = {(const bf16 *)p->left + begin * p->left_stride,
                            rows,
                            p->m,

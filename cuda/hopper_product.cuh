@@ -77,13 +77,13 @@ static __device__ __forceinline__ TilePlace place_in_bands(int index, int tiles_
 
 // --- The warp that loads -------------------------------------------------------------------------
 
-// Where a stage is in the ring, and the parity of its phase.
+// Where a stage is in a ring of COUNT, and the parity of its phase.
 typedef struct Ring {
     int stage;
     uint32_t phase;
 } Ring;
-static __device__ __forceinline__ void advance(Ring *ring) {
-    if (++ring->stage < STAGES) return;
+template <int COUNT> static __device__ __forceinline__ void advance(Ring *ring) {
+    if (++ring->stage < COUNT) return;
     ring->stage = 0;
     ring->phase ^= 1;
 }
@@ -95,7 +95,7 @@ static __device__ __forceinline__ void load_tiles(const Product &product, uint32
     for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
         const Tile tile = product.tile_at(index);
         const int row = tile.row + rank * BLOCK_ROWS;
-        for (int step = 0; step < product.k_steps; step++, advance(&ring)) {
+        for (int step = 0; step < product.k_steps; step++, advance<STAGES>(&ring)) {
             const uint32_t at = tiles + ring.stage * STAGE_BYTES;
             const uint32_t loaded = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.phase);
@@ -112,8 +112,8 @@ static __device__ __forceinline__ void load_tiles(const Product &product, uint32
     }
 }
 
-static __device__ __forceinline__ void init_stages(uint32_t full, uint32_t empty) {
-    for (int s = 0; s < STAGES; s++) {
+static __device__ __forceinline__ void init_stages(int count, uint32_t full, uint32_t empty) {
+    for (int s = 0; s < count; s++) {
         barrier_init(full + 8 * s, 1);            // the loader
         barrier_init(empty + 8 * s, 2 * CLUSTER); // multiplying warpgroups of all blocks
     }
@@ -126,9 +126,10 @@ static __device__ __forceinline__ void give_back(uint32_t empty) {
     for (int block = 0; block < CLUSTER; block++) barrier_arrive(empty, block);
 }
 
-// c = the tile's product of COLUMNS columns for this warpgroup's 64 rows, over at least one step. A
-// stage is handed back to all loaders once the products that read it are over, one step later.
-template <int COLUMNS, bool A_ROWS, bool B_ROWS>
+// c = the tile's product of COLUMNS columns for this warpgroup's 64 rows, over at least one step;
+// WIDTH: columns of one instruction. A stage is handed back to all loaders once the products that
+// read it are over, one step later.
+template <int COUNT, int COLUMNS, int WIDTH, bool A_ROWS, bool B_ROWS>
 static __device__ __forceinline__ void multiply(float (&c)[COLUMNS / 2], int k_steps, Ring *ring,
                                                 uint32_t tiles, uint32_t full, uint32_t empty,
                                                 int warpgroup, bool speaker) {
@@ -139,22 +140,22 @@ static __device__ __forceinline__ void multiply(float (&c)[COLUMNS / 2], int k_s
         barrier_wait(full + 8 * ring->stage, ring->phase);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / 16;
-             k++) { // all columns at once need more registers at the start
-            const bool add = step > 0 || k > 0;
-            const uint32_t at = b + (B_ROWS ? 2048 : 32) * k;
-            const uint32_t right = B_ROWS ? BOX_BYTES : 16;
+        for (int k = 0; k < TILE_K / 16; k++) {
             const uint64_t left = A_ROWS ? tile_descriptor(a + 2048 * k, 1024, BOX_BYTES)
                                          : tile_descriptor(a + 32 * k, 1024, 16);
-            wgmma<128, A_ROWS, B_ROWS>(c, left, tile_descriptor(at, 1024, right), add);
-            wgmma<COLUMNS - 128, A_ROWS, B_ROWS>(
-                c + 64, left, tile_descriptor(at + 2 * BOX_BYTES, 1024, right), add);
+#pragma unroll
+            for (int part = 0; part < COLUMNS / WIDTH; part++) {
+                const uint32_t at = b + part * WIDTH * 128 + (B_ROWS ? 2048 : 32) * k;
+                wgmma<WIDTH, A_ROWS, B_ROWS>(c + part * WIDTH / 2, left,
+                                             tile_descriptor(at, 1024, B_ROWS ? BOX_BYTES : 16),
+                                             step > 0 || k > 0);
+            }
         }
         wgmma_commit();
         wgmma_wait<1>();
         if (last >= 0 && speaker) give_back(empty + 8 * last);
         last = ring->stage;
-        advance(ring);
+        advance<COUNT>(ring);
     }
     wgmma_wait<0>();
     if (speaker) give_back(empty + 8 * last);
@@ -262,7 +263,8 @@ static __device__ __forceinline__ void multiply_tiles(const Product &product,
     Ring ring = {0, 0};
     float c[TILE_COLUMNS / 2];
     for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
-        multiply<TILE_COLUMNS, false, Product::B_ROWS>(
+        // 256 columns in one instruction need more registers than a thread begins with.
+        multiply<STAGES, TILE_COLUMNS, 128, false, Product::B_ROWS>(
             c, product.k_steps, &ring, shared.tiles, shared.full, shared.empty, warpgroup, speaker);
         hand_over(c, &handover, lane);
     }
@@ -283,7 +285,7 @@ static __device__ __forceinline__ void finish_tiles(const Product &product, cons
 }
 
 static __device__ __forceinline__ void init_barriers(const Shared &shared) {
-    init_stages(shared.full, shared.empty);
+    init_stages(STAGES, shared.full, shared.empty);
     for (int half = 0; half < 2; half++) { // warps
         barrier_init(shared.handover + 16 * half, 4);
         barrier_init(shared.handover + 16 * half + 8, 2);

@@ -25,9 +25,9 @@ static void print_line(const char *name, double flops, double ours, double one) 
 
 static void bench_rows(Backend *gpu, const char *name, const int32_t *begin, int k, int n,
                        bool inner_last) {
-    Pair in = pair_random(gpu, DTYPE_BF16, (int64_t)TOKENS * k, 1.0f);
-    Pair weight = pair_random(gpu, DTYPE_BF16, (int64_t)EXPERTS * n * k, 0.03f);
-    Pair out = pair_poisoned(gpu, DTYPE_BF16, (int64_t)TOKENS * n);
+    void *in = gpu_random_memory(gpu, DTYPE_BF16, (int64_t)TOKENS * k, 1.0f);
+    void *weight = gpu_random_memory(gpu, DTYPE_BF16, (int64_t)EXPERTS * n * k, 0.03f);
+    void *out = gpu_random_memory(gpu, DTYPE_BF16, (int64_t)TOKENS * n, 1.0f);
     HopperRows p = {};
     p.groups = EXPERTS;
     p.begin = begin;
@@ -35,42 +35,40 @@ static void bench_rows(Backend *gpu, const char *name, const int32_t *begin, int
     p.inner = k;
     p.columns = n;
     p.inner_last = inner_last;
-    p.in = in.gpu;
-    p.weight = weight.gpu;
-    p.out = out.gpu;
-    Gemm gemm = gemm_of(cuda_of(gpu), TOKENS, n, k, in.gpu, weight.gpu, out.gpu);
+    p.in = in;
+    p.weight = weight;
+    p.out = out;
+    Gemm gemm = gemm_of(cuda_of(gpu), TOKENS, n, k, in, weight, out);
     gemm.transpose_b = inner_last;
     const double one = gpu_bench(gpu, OP_KIND_COUNT, &gemm, run_gemm);
     print_line(name, 2.0 * TOKENS * k * n, gpu_bench(gpu, OP_KIND_COUNT, &p, run_rows), one);
-    Pair *all[] = {&in, &weight, &out};
-    for (Pair *pair : all) pair_free(pair);
+    for (void *memory : {in, weight, out}) gpu->ops->release(gpu, memory);
 }
 
 static void bench_gradient(Backend *gpu, const char *name, const int32_t *begin, int groups,
                            int64_t rows, int m, int n, bool assign) {
-    Pair left = pair_random(gpu, DTYPE_BF16, rows * m, 1.0f);
-    Pair right = pair_random(gpu, DTYPE_BF16, rows * n, 1.0f);
-    Pair grad = pair_filled(gpu, DTYPE_F32, (int64_t)groups * m * n, 0.0f);
+    void *left = gpu_random_memory(gpu, DTYPE_BF16, rows * m, 1.0f);
+    void *right = gpu_random_memory(gpu, DTYPE_BF16, rows * n, 1.0f);
+    void *grad = gpu_random_memory(gpu, DTYPE_F32, (int64_t)groups * m * n, 1.0f);
     HopperGradient p = {};
     p.groups = groups;
     p.begin = begin;
     p.rows = rows;
     p.m = m;
     p.n = n;
-    p.left = left.gpu;
+    p.left = left;
     p.left_stride = m;
-    p.right = right.gpu;
+    p.right = right;
     p.assign = assign;
-    p.grad = (float *)grad.gpu;
-    Gemm gemm = gemm_of(cuda_of(gpu), m, n, rows, left.gpu, right.gpu, grad.gpu);
+    p.grad = (float *)grad;
+    Gemm gemm = gemm_of(cuda_of(gpu), m, n, rows, left, right, grad);
     gemm.transpose_a = true;
     gemm.dtype_c = DTYPE_F32;
     gemm.beta = assign ? 0.0f : 1.0f;
     const double one = gpu_bench(gpu, OP_KIND_COUNT, &gemm, run_gemm);
     print_line(name, 2.0 * (double)rows * m * n, gpu_bench(gpu, OP_KIND_COUNT, &p, run_gradient),
                one);
-    Pair *all[] = {&left, &right, &grad};
-    for (Pair *pair : all) pair_free(pair);
+    for (void *memory : {left, right, grad}) gpu->ops->release(gpu, memory);
 }
 
 int main(void) {

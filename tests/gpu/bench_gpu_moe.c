@@ -9,22 +9,6 @@
 
 enum { TOKENS = 32768, EXPERTS = 6, HIDDEN = 896, INNER = 4864 };
 
-// Device memory of random values that repeat after a prime number, cheap to make in any size.
-static void *random_memory(Backend *gpu, DType dtype, int64_t count, float stddev) {
-    enum { PERIOD = 1000003 };
-    Pair part = pair_random(gpu, dtype, PERIOD, stddev);
-    char *memory = NULL;
-    GPU_OK(gpu->ops->alloc(gpu, (size_t)count * dtype_bytes(dtype), (void **)&memory));
-    for (int64_t at = 0; at < count; at += PERIOD) {
-        const int64_t length = count - at < PERIOD ? count - at : PERIOD;
-        GPU_OK(gpu->ops->copy(gpu, memory + (size_t)at * dtype_bytes(dtype), part.gpu,
-                              (size_t)length * dtype_bytes(dtype)));
-    }
-    GPU_OK(gpu->ops->synchronize(gpu));
-    pair_free(&part);
-    return memory;
-}
-
 // --- Products ----------------------------------------------------------------------------------
 
 // One product per expert: rows of A (or of both operands, with transpose_a) are split by expert.
@@ -73,11 +57,11 @@ static void bench_product(Backend *gpu, Product p, const int32_t *even, const in
     const int64_t rows_a = (int64_t)TOKENS * (p.transpose_a ? p.n : p.k);
     const int64_t weight = (int64_t)EXPERTS * p.n * p.k;
     p.backend = cuda_of(gpu);
-    p.a = (char *)random_memory(gpu, DTYPE_BF16, rows_a, 1.0f);
-    p.b = (char *)random_memory(gpu, DTYPE_BF16, p.transpose_a ? (int64_t)TOKENS * p.k : weight,
-                                0.03f);
-    p.c = (char *)random_memory(gpu, DTYPE_F32, p.transpose_a ? weight : (int64_t)TOKENS * p.n / 2,
-                                1.0f);
+    p.a = (char *)gpu_random_memory(gpu, DTYPE_BF16, rows_a, 1.0f);
+    p.b = (char *)gpu_random_memory(gpu, DTYPE_BF16, p.transpose_a ? (int64_t)TOKENS * p.k : weight,
+                                    0.03f);
+    p.c = (char *)gpu_random_memory(gpu, DTYPE_F32,
+                                    p.transpose_a ? weight : (int64_t)TOKENS * p.n / 2, 1.0f);
     const double flops = 2.0 * TOKENS * p.n * p.k;
     const double one = gpu_bench(gpu, OP_KIND_COUNT, &p, one_product);
     p.begin = even;
@@ -118,17 +102,17 @@ static void bench_moe(Backend *gpu, int64_t tokens, Spread spread, const char *n
                        .intermediate_size = INNER,
                        .num_experts = EXPERTS,
                        .top_k = 1,
-                       .x = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                       .weight_gate_up = random_memory(gpu, DTYPE_BF16, 2 * weights, 0.03f),
-                       .weight_down = random_memory(gpu, DTYPE_BF16, weights, 0.015f),
+                       .x = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                       .weight_gate_up = gpu_random_memory(gpu, DTYPE_BF16, 2 * weights, 0.03f),
+                       .weight_down = gpu_random_memory(gpu, DTYPE_BF16, weights, 0.015f),
                        .routing = routing.gpu,
-                       .out = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                       .gate_up = random_memory(gpu, DTYPE_BF16, tokens * 2 * INNER, 1.0f),
-                       .dout = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                       .dx = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                       .dgate = (float *)random_memory(gpu, DTYPE_F32, tokens, 1.0f),
-                       .grad_gate_up = random_memory(gpu, gpu->grad_dtype, 2 * weights, 1.0f),
-                       .grad_down = random_memory(gpu, gpu->grad_dtype, weights, 1.0f)};
+                       .out = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                       .gate_up = gpu_random_memory(gpu, DTYPE_BF16, tokens * 2 * INNER, 1.0f),
+                       .dout = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                       .dx = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                       .dgate = (float *)gpu_random_memory(gpu, DTYPE_F32, tokens, 1.0f),
+                       .grad_gate_up = gpu_random_memory(gpu, gpu->grad_dtype, 2 * weights, 1.0f),
+                       .grad_down = gpu_random_memory(gpu, gpu->grad_dtype, weights, 1.0f)};
     const double flops = 6.0 * (double)tokens * HIDDEN * INNER;
     char what[80];
     snprintf(what, sizeof what, "moe_ffn forward  T%d %s", (int)tokens, name);
@@ -160,15 +144,15 @@ static void bench_route(Backend *gpu, int experts, int k) {
                       .top_k = k,
                       .gate_kind = GATE_SOFTMAX,
                       .gate_scale = (float)experts / (float)k,
-                      .x = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                      .weight = (const float *)random_memory(gpu, DTYPE_F32, weights, 0.03f),
+                      .x = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                      .weight = (const float *)gpu_random_memory(gpu, DTYPE_F32, weights, 0.03f),
                       .routing = routing.gpu,
-                      .dgate = (const float *)random_memory(gpu, DTYPE_F32, TOKENS * k, 1.0f),
+                      .dgate = (const float *)gpu_random_memory(gpu, DTYPE_F32, TOKENS * k, 1.0f),
                       .balance_scale = 0.01f,
                       .z_scale = 0.001f,
-                      .dx = random_memory(gpu, DTYPE_BF16, all, 1.0f),
-                      .grad_weight = (float *)random_memory(gpu, DTYPE_F32, weights, 1.0f)};
-    double *sums = (double *)random_memory(gpu, DTYPE_F32, 4 * experts + 4, 0.0f);
+                      .dx = gpu_random_memory(gpu, DTYPE_BF16, all, 1.0f),
+                      .grad_weight = (float *)gpu_random_memory(gpu, DTYPE_F32, weights, 1.0f)};
+    double *sums = (double *)gpu_random_memory(gpu, DTYPE_F32, 4 * experts + 4, 0.0f);
     RouterLossArgs loss = {TOKENS,
                            experts,
                            k,

@@ -227,6 +227,22 @@ static inline int gpu_test_result(const char *name) {
 
 // --- Benchmarks ---------------------------------------------------------------------------------
 
+// Device memory of random values that repeat after a prime number, cheap to make in any size.
+static inline void *gpu_random_memory(Backend *gpu, DType dtype, int64_t count, float stddev) {
+    enum { PERIOD = 1000003 };
+    Pair part = pair_random(gpu, dtype, PERIOD, stddev);
+    char *memory = NULL;
+    GPU_OK(gpu->ops->alloc(gpu, (size_t)count * dtype_bytes(dtype), (void **)&memory));
+    for (int64_t at = 0; at < count; at += PERIOD) {
+        const int64_t length = count - at < PERIOD ? count - at : PERIOD;
+        GPU_OK(gpu->ops->copy(gpu, memory + (size_t)at * dtype_bytes(dtype), part.gpu,
+                              (size_t)length * dtype_bytes(dtype)));
+    }
+    GPU_OK(gpu->ops->synchronize(gpu));
+    pair_free(&part);
+    return memory;
+}
+
 enum { GPU_BENCH_ROUNDS = 7 };
 // Median over rounds of the mean time of one call, in seconds, after a warm-up. Calls are enqueued
 // back to back, so launch latency hides where the op is longer than it.
