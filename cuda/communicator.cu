@@ -469,7 +469,6 @@ Status communicator_nccl(Backend *backend, const unsigned char id[CUDA_COMMUNICA
         destroy(&c->base);
         return status;
     }
-    c->backend->shares_sms = links->world > 1;
     *out = &c->base;
     return STATUS_OK;
 }

@@ -42,7 +42,6 @@ typedef struct CudaBackend {
     int num_sms;
     int capability; // 90 = compute capability 9.0
     bool deterministic;
-    bool shares_sms;     // with the kernels of a communicator, for unknown times
     cudaStream_t stream; // every op, in order
     // Work that may overlap inside one op (the experts' GEMMs) forks from `stream` to these and
     // joins again before the op returns.

@@ -312,8 +312,8 @@ static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
     if (clusters == 0)
         TRY(count_clusters(backend, (const void *)kernel, GROUPED_THREADS, GROUPED_SHARED,
                            &clusters));
-    kernel<<<blocks_for(backend, args.tiles, clusters), GROUPED_THREADS, GROUPED_SHARED,
-             backend->stream>>>(args);
+    kernel<<<blocks_for(backend, args.tiles, args.k_steps[0], clusters), GROUPED_THREADS,
+             GROUPED_SHARED, backend->stream>>>(args);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }

@@ -4,7 +4,8 @@
 
 #include "cuda/hopper_product.cuh"
 
-enum { TILES_SHARED = 8 }; // of a cluster, where SMs are shared with collectives
+// Steps of TILE_K after which a cluster makes room for others where collectives run beside it.
+enum { STEPS_SHARED = 112 };
 
 typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                                 const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -78,10 +79,11 @@ static Status count_clusters(CudaBackend *backend, const void *kernel, int threa
     return STATUS_OK;
 }
 
-// Blocks to launch for `tiles`. Blocks that stay for their share of all tiles are late by a whole
-// share where a collective has taken their SMs: shares of a few tiles let the others take over.
-static unsigned blocks_for(const CudaBackend *backend, int tiles, int clusters) {
-    const int most = backend->shares_sms ? (int)div_up(tiles, TILES_SHARED) : clusters;
+// Blocks to launch for `tiles` of `k_steps` each. Blocks that stay for their share of all tiles are
+// late by a whole share where a collective has taken their SMs: short shares let others take over.
+static unsigned blocks_for(const CudaBackend *backend, int tiles, int k_steps, int clusters) {
+    const int share = k_steps < STEPS_SHARED ? STEPS_SHARED / k_steps : 1;
+    const int most = backend->base.beside_collectives ? (int)div_up(tiles, share) : clusters;
     return CLUSTER * (unsigned)(tiles < most ? tiles : most);
 }
 
@@ -91,7 +93,7 @@ static Status launch_product(CudaBackend *backend, const Product &product) {
     static int clusters; // that fit on the device, the same on every one of a machine
     if (clusters == 0)
         TRY(count_clusters(backend, (const void *)kernel, THREADS, SHARED_BYTES, &clusters));
-    kernel<<<blocks_for(backend, product.tiles, clusters), THREADS, SHARED_BYTES,
+    kernel<<<blocks_for(backend, product.tiles, product.k_steps, clusters), THREADS, SHARED_BYTES,
              backend->stream>>>(product);
     LAUNCH_TRY(backend);
     return STATUS_OK;

@@ -38,6 +38,7 @@ static Status start_reduce(Traffic *traffic, int bucket) {
         comm, gradients(traffic, bucket), traffic->partition.buckets[bucket].part,
         type_of(traffic, bucket, traffic->model->backend->grad_dtype), &traffic->sent[bucket]));
     remember(traffic, bucket, traffic->sent[bucket]);
+    traffic->model->backend->beside_collectives = true;
     return STATUS_OK;
 }
 
@@ -104,9 +105,11 @@ static Status on_weights(void *context, int64_t end) {
     const Partition *partition = &traffic->partition;
     for (int n = partition->count - 1; n >= 0; n--) {
         int bucket = partition_order(partition, n);
-        if (bucket < partition->vectors && partition->buckets[bucket].begin >= end) break;
+        if (bucket < partition->vectors && partition->buckets[bucket].begin >= end)
+            return STATUS_OK;
         TRY(wait_bucket(traffic, bucket));
     }
+    traffic->model->backend->beside_collectives = false;
     return STATUS_OK;
 }
 
@@ -128,6 +131,7 @@ Status traffic_reduce(Traffic *traffic) {
     else
         TRY(comm->ops->wait(comm, traffic->last));
     if (replicas) TRY(replicas->ops->wait(replicas, traffic->last_replicas));
+    traffic->model->backend->beside_collectives = false;
     traffic->reduced = traffic->collected = 0;
     traffic->first = false;
     return STATUS_OK;
@@ -142,13 +146,12 @@ Status traffic_gather(Traffic *traffic, int bucket) {
     TRY(comm->ops->all_gather(comm, weights, traffic->partition.buckets[bucket].part,
                               type_of(traffic, bucket, dtype), &traffic->gathered[bucket]));
     remember(traffic, bucket, traffic->gathered[bucket]);
+    traffic->model->backend->beside_collectives = true;
     return STATUS_OK;
 }
 
 Status traffic_settle(Traffic *traffic) {
-    for (int bucket = 0; bucket < traffic->partition.count; bucket++)
-        TRY(wait_bucket(traffic, bucket));
-    return STATUS_OK;
+    return on_weights(traffic, INT64_MAX);
 }
 
 Status traffic_plan(const TensorTable *table, const ModelOptions *options, MemoryPlan *plan) {
