@@ -200,7 +200,7 @@ static int act_as_rank(int argc, char **argv) {
         for (int i = 0; i < rank_number(); i++) argument = strchr(argument, ',') + 1;
         return atoi(argument);
     }
-    stop_signal_install();
+    stop_signal_install(true);
     if (strcmp(what, "fail-1") == 0 && rank_number() == 1) return STATUS_IO;
     if (strcmp(what, "kill-1") == 0 && rank_number() == 1) raise(SIGKILL);
     if (strcmp(what, "lives") == 0 && rank_number() == 1)

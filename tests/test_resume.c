@@ -164,6 +164,46 @@ START_TEST(stop_signals_save_and_the_same_command_continues) {
 }
 END_TEST
 
+static void expect_status(const char *name, const char *state, Status code, int64_t step) {
+    json_t *root;
+    ck_assert_ok(json_read_file(tiny_run_path(name, "run_status.json"), 1 << 20, &root));
+    ck_assert_str_eq(json_string_value(json_object_get(root, "state")), state);
+    ck_assert_int_eq(json_integer_value(json_object_get(root, "code")), code);
+    ck_assert_int_eq(json_integer_value(json_object_get(root, "step")), step);
+    json_decref(root);
+}
+
+// At the first operation the inputs are looked for, and the run directory is not open.
+START_TEST(a_request_before_the_run_is_open_stops_it_before_its_first_step) {
+    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    char hex[HASH_HEX_SIZE];
+    prepare_reference();
+    for (int i = 0; i < 3; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "early%d", i);
+        Recipe recipe = tiny_moe_recipe(name);
+        Trigger first = {.number = 1, .signals = {signals[i]}};
+        Trigger later = {.number = 400, .signals = {signals[i]}};
+        TinyRun early = {.hook = on_operation, .context = &first};
+        TinyRun middle = {.hook = on_operation, .context = &later};
+        expect_exit(&recipe, &early, STATUS_PREEMPTED);
+        expect_message(&recipe, "at step 0 of 40; the same command continues");
+        expect_status(name, "preempted", STATUS_PREEMPTED, 0);
+        ck_assert(!io_exists(tiny_run_path(name, "log.jsonl"))); // it did not begin
+        // Nor does one that continues: what is there stays what it is.
+        expect_exit(&recipe, &middle, STATUS_PREEMPTED);
+        int64_t step = tiny_newest(name, "state.json", hex);
+        for (int times = 0; times < 4; times++) // which is no crash loop
+            expect_exit(&recipe, &early, STATUS_PREEMPTED);
+        ck_assert_int_gt(step, 0);
+        expect_status(name, "preempted", STATUS_PREEMPTED, step);
+        ck_assert_int_eq(tiny_newest(name, "state.json", hex), step);
+        expect_exit(&recipe, NULL, STATUS_OK);
+        expect_same_run("whole", name);
+    }
+}
+END_TEST
+
 START_TEST(second_signal_ends_the_process_at_once) {
     tiny_prepare();
     Recipe recipe = tiny_moe_recipe("twice");
@@ -281,6 +321,7 @@ END_TEST
 
 TEST_MAIN_TIMEOUT("resume", 300, TEST(killed_at_random_moments), TEST(killed_at_random_operations),
                   TEST(stop_signals_save_and_the_same_command_continues),
+                  TEST(a_request_before_the_run_is_open_stops_it_before_its_first_step),
                   TEST(second_signal_ends_the_process_at_once),
                   TEST(every_option_that_has_state_survives),
                   TEST(a_finished_run_says_so_and_a_longer_one_goes_on),

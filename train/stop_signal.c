@@ -20,6 +20,7 @@ static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
 enum { NUM_SIGNALS = sizeof signals / sizeof signals[0], SHELL_SIGNAL_BASE = 128 };
 static const int64_t ECHO_NS = 2000000000;
 
+static int installed;                  // pairs of install and restore that are open
 static volatile sig_atomic_t received; // the first signal; 0 = none
 static struct sigaction before[NUM_SIGNALS], pipe_before;
 static bool has_parent;     // of train/supervisor.h
@@ -28,8 +29,8 @@ static int64_t received_ns; // when
 
 // Steps may be long. Only what a handler may call: no printf.
 static void say_heard(void) {
-    static const char text[] = "; the run saves after this step and stops; a second signal ends it "
-                               "at once\n";
+    static const char text[] = "; the run stops before its next step and saves; a second signal "
+                               "ends it at once\n";
     const char *name = stop_signal_name();
     int kept = errno;
     if (write(STDERR_FILENO, "info: ", 6) < 0 || write(STDERR_FILENO, name, strlen(name)) < 0 ||
@@ -47,9 +48,22 @@ static void on_signal(int number) {
     if (speaks) say_heard();
 }
 
-void stop_signal_install(void) {
+// Of this thread, and of those that it will start: signals are the main thread's.
+static void mask_requests(int how) {
+    sigset_t requests;
+    sigemptyset(&requests);
+    for (int i = 0; i < NUM_SIGNALS; i++) sigaddset(&requests, signals[i]);
+    pthread_sigmask(how, &requests, NULL);
+}
+
+void stop_signal_hold(void) {
+    mask_requests(SIG_BLOCK);
+}
+
+void stop_signal_install(bool says) {
+    if (installed++ > 0) return;
     has_parent = getenv(LAUNCH_PARENT) != NULL;
-    speaks = log_enabled(LOG_INFO); // of several ranks the first
+    speaks = says && log_enabled(LOG_INFO);
     received = 0;
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigfillset(&action.sa_mask); // one at a time
@@ -57,9 +71,11 @@ void stop_signal_install(void) {
     // Whoever reads the output may go: a parent that was killed, `tee`.
     action = (struct sigaction){.sa_handler = SIG_IGN};
     sigaction(SIGPIPE, &action, &pipe_before);
+    mask_requests(SIG_UNBLOCK);
 }
 
 void stop_signal_restore(void) {
+    if (--installed > 0) return;
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &before[i], NULL);
     sigaction(SIGPIPE, &pipe_before, NULL);
 }

@@ -2,12 +2,20 @@
 // save and exit with STATUS_PREEMPTED. A second one ends the process at once; in a rank that
 // train/supervisor.h has started, one that comes some seconds later. Meanwhile output that nobody
 // reads any more is lost and ends nothing (SIGPIPE).
+//
+// A request may come before the run is there to hear it: it is kept, and the run stops before its
+// first step, in the same orderly way.
 #ifndef TRAIN_STOP_SIGNAL_H
 #define TRAIN_STOP_SIGNAL_H
 
 #include <stdbool.h>
 
-void stop_signal_install(void); // forgets earlier requests
+// From here on requests wait until stop_signal_install. (In ranks, that is what they do from before
+// the program begins: train/supervisor.c.)
+void stop_signal_hold(void);
+// Forgets earlier requests, except those that wait. `speaks`: of several ranks this is the one that
+// says that it has heard. Within another pair of install and restore both do nothing.
+void stop_signal_install(bool speaks);
 void stop_signal_restore(void); // back to the handlers before
 bool stop_requested(void);
 const char *stop_signal_name(void); // "SIGTERM", ...; "" when none came

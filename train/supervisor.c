@@ -135,7 +135,7 @@ static void set_number(const char *name, long value) {
 // Between fork and exec. The parent has one thread, so anything is allowed here.
 static void become_rank(const Parent *parent, const Start *start, int rank, int output) {
     const SupervisorOptions *options = parent->options;
-    sigset_t none;
+    sigset_t others;
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != start->parent) _exit(STATUS_COMMUNICATION); // it is dead already
@@ -160,8 +160,11 @@ static void become_rank(const Parent *parent, const Start *start, int rank, int 
         dup2(output, STDOUT_FILENO);
         dup2(output, STDERR_FILENO);
     }
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    // Requests stay blocked, as here: the rank hears those that are passed on before it is ready.
+    sigfillset(&others);
+    for (int number = 1; number < NSIG; number++)
+        if (is_request(number)) sigdelset(&others, number);
+    sigprocmask(SIG_UNBLOCK, &others, NULL);
     execv(options->program ? options->program : "/proc/self/exe", start->arguments);
     fprintf(stderr, "train: error: cannot start %s: %s\n", start->arguments[0], strerror(errno));
     _exit(CANNOT_EXEC);

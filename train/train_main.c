@@ -10,6 +10,7 @@
 #include "train/recipe.h"
 #include "train/recipe_table.h"
 #include "train/run.h"
+#include "train/stop_signal.h"
 #include "train/supervisor.h"
 #include "train/world.h"
 
@@ -250,6 +251,7 @@ static bool only_prints(const Arguments *arguments) {
 // been printed by them.
 static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **argv, int *exit_code) {
     Launch launch;
+    if (!arguments->print_directory && !only_prints(arguments)) stop_signal_hold();
     TRY(load(arguments, recipe));
     if (arguments->print_directory) return print_directory(recipe);
     TRY(launch_from_environment(&launch));
