@@ -149,11 +149,13 @@ static void expect_same_weights(const char *a, const char *b) {
     ck_assert_str_eq(x, y);
 }
 
-static void expect_status(const char *name, const char *state, Status code) {
+static void expect_status(const char *name, const char *state, Status code, const char *text) {
     json_t *root;
     ck_assert_ok(json_read_file(tiny_run_path(name, "run_status.json"), 1 << 20, &root));
     ck_assert_str_eq(json_string_value(json_object_get(root, "state")), state);
     ck_assert_int_eq(json_integer_value(json_object_get(root, "code")), code);
+    const char *message = json_string_value(json_object_get(root, "message"));
+    ck_assert_msg(strstr(message, text) != NULL, "'%s' lacks '%s'", message, text);
     json_decref(root);
 }
 
@@ -245,9 +247,35 @@ START_TEST(a_request_before_anything_stops_before_the_first_step) {
         Program program = run_program("", processes[i]);
         waiting_signal = 0;
         expect_program(&program, STATUS_PREEMPTED, "stopped by SIGUSR1 at step 0 of 40");
-        expect_status(name, "preempted", STATUS_PREEMPTED);
+        expect_status(name, "preempted", STATUS_PREEMPTED, "stopped by SIGUSR1");
         program = run_program("", processes[i]);
         expect_program(&program, STATUS_OK, "done: 40 steps");
+    }
+}
+END_TEST
+
+// One rank hears nothing, the other waits for it in a collective. Which of them keeps the record
+// makes no difference.
+START_TEST(a_second_request_ends_ranks_that_hang) {
+    tiny_prepare();
+    for (int rank = 0; rank < 2; rank++) {
+        char name[16];
+        snprintf(name, sizeof name, "hangs%d", rank);
+        write_recipe(name, 100000);
+        Program program = start_program("", "--processes 2 --set parallel.hang_seconds=60", NULL);
+        wait_for_steps(&program);
+        kill(find_rank(&program, rank), SIGSTOP);
+        usleep(100000);
+        kill(program.pid, SIGTERM);
+        usleep(2300000);
+        kill(program.pid, SIGTERM);
+        finish_program(&program);
+        expect_program(&program, STATUS_PREEMPTED, "did not notice the end of the run");
+        expect_status(name, "preempted", STATUS_PREEMPTED, "second signal (SIGTERM)");
+        program = start_program("", "--processes 2 --set parallel.hang_seconds=60", NULL);
+        disturb(&program, -1, SIGUSR1); // it can be started again
+        expect_program(&program, STATUS_PREEMPTED, "stopped by SIGUSR1");
+        expect_status(name, "preempted", STATUS_PREEMPTED, "stopped by SIGUSR1");
     }
 }
 END_TEST
@@ -326,7 +354,7 @@ START_TEST(a_request_before_the_ranks_have_met_stops_all) {
     expect_program(&programs[0], STATUS_PREEMPTED, "info: SIGTERM; the run stops");
     expect_program(&programs[0], STATUS_PREEMPTED, "stopped by SIGTERM at step 0 of 40");
     ck_assert_int_eq(programs[1].code, STATUS_PREEMPTED);
-    expect_status("unmet", "preempted", STATUS_PREEMPTED);
+    expect_status("unmet", "preempted", STATUS_PREEMPTED, "stopped by SIGTERM");
 }
 END_TEST
 
@@ -403,6 +431,7 @@ TEST_MAIN_TIMEOUT("world", 300, TEST(ranks_of_one_machine),
                   TEST(a_killed_rank_ends_the_run_or_restarts_it),
                   TEST(a_stopped_rank_ends_the_run_in_time),
                   TEST(a_request_to_stop_saves_on_all_ranks),
+                  TEST(a_second_request_ends_ranks_that_hang),
                   TEST(a_request_before_anything_stops_before_the_first_step),
                   TEST(a_request_before_the_ranks_have_met_stops_all),
                   TEST(ranks_by_hand_and_by_slurms_variables), TEST(ranks_that_differ_say_so),

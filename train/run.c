@@ -154,23 +154,6 @@ static Status train(Trainer *t) {
     return t->team.rank == 0 ? finish_run(t) : STATUS_OK;
 }
 
-// How the attempt ended, for schedulers. The failure itself is what the caller reports.
-static void record_end(Trainer *t, Status code) {
-    const char *state = code == STATUS_OK          ? "done"
-                        : code == STATUS_PREEMPTED ? "preempted"
-                                                   : "failed";
-    StatusRecord record;
-    if (t->team.rank > 0) return;
-    status_take(&record);
-    int64_t step = t->saved_step > 0 ? t->saved_step : 0;
-    if (rundir_status(&t->dir, state, step, code, code == STATUS_OK ? "" : record.message) !=
-        STATUS_OK) {
-        log_warn("run_status.json could not be written: %s", status_message());
-        status_clear();
-    }
-    if (code != STATUS_OK) status_put(&record);
-}
-
 // A profile has a directory of its own, so that it can never come between a run and its
 // checkpoints.
 static Status open_own_directory(Trainer *t) {
@@ -223,7 +206,8 @@ static Status run_attempt(Backend *backend, const Recipe *recipe, const RunOptio
     TRY_GOTO(open_team(t), done);
     TRY_GOTO(watch_setup(t), done);
     TRY_GOTO(open_directory(t), done);
-    status = train(t);
+    status = record_begin(t);
+    if (status == STATUS_OK) status = train(t);
     watchdog_stop(t->watchdog);
     status = gpu_events_explain(t->gpu_events, status);
     gpu_events_stop(t->gpu_events);
