@@ -18,7 +18,7 @@ typedef enum Status {
     STATUS_INTERNAL = 70,        // a bug, an allocation failure, a broken device
     STATUS_CANNOT_WRITE = 73,    // an output cannot be created
     STATUS_IO = 74,              // reading or writing failed midway
-    STATUS_PREEMPTED = 75,       // saved on request; run the same command again
+    STATUS_PREEMPTED = 75,       // stopped on request; run the same command again
     STATUS_COMMUNICATION = 76,   // a rank was lost; retry
     STATUS_NUMERICS = 77,        // too many non-finite steps in a row
     STATUS_RECIPE_MISMATCH = 78, // recipe and checkpoint disagree

@@ -33,6 +33,7 @@ typedef struct ReceivedRows {
     int64_t place;
     int32_t *expert_begin; // (ranks, N/E + 1) of a Routing of them
     int32_t *begin;        // (ranks, N + 1) every rank's expert_begin; host memory
+    bool known;            // `begin` is of this pass
 } ReceivedRows;
 
 enum { TRAVEL_ROWS_ALIGN = 128 };

@@ -51,7 +51,8 @@ static int64_t rows_between(const Group *g, int from, int to) {
 
 // --- The routing of the group --------------------------------------------------------------------
 
-// Every rank's expert_begin, (ranks, N + 1), on the host.
+// Every rank's expert_begin, (ranks, N + 1), on the host, where each layer has its own: it is known
+// until the next pass begins, and the same where backward computes the routing again.
 static Status share_routing(Group *g) {
     const Activations *a = g->p->model->activations;
     const int64_t count = g->ranks * g->experts + 1;
@@ -61,8 +62,10 @@ static Status share_routing(Group *g) {
                               g->layer->routing.expert_begin, bytes));
     TRY(g->comm->ops->all_gather(g->comm, a->rows.begin, (int64_t)bytes, COMM_BYTE, &ticket));
     TRY(g->comm->ops->wait(g->comm, ticket));
-    return g->backend->ops->download(g->backend, g->layer->received.begin, a->rows.begin,
-                                     bytes * (size_t)g->ranks);
+    TRY(g->backend->ops->download(g->backend, g->layer->received.begin, a->rows.begin,
+                                  bytes * (size_t)g->ranks));
+    g->layer->received.known = true;
+    return STATUS_OK;
 }
 
 static int64_t received_by(const Group *g, int rank) {
@@ -74,6 +77,8 @@ static int64_t received_by(const Group *g, int rank) {
 void expert_parallel_begin(Model *model) {
     TravelBuffers *t = &model->activations->rows;
     if (!model->experts) return;
+    for (int layer = 0; layer < model->config.num_layers; layer++)
+        model->activations->layers[layer].received.known = false;
     memset(t->used, 0, (size_t)model->experts->world * sizeof *t->used);
     t->scratch_layer = -1;
 }
@@ -238,7 +243,8 @@ static void find_received(Group *g, int layer) {
 Status expert_parallel_forward(const Pass *p, int layer, bool again) {
     const Activations *a = p->model->activations;
     Group g = group_of(p, layer);
-    TRY(share_routing(&g));
+    if (!again) TRY(share_routing(&g));
+    INVARIANT(g.layer->received.known);
     choose_place(&g, layer, again);
     find_received(&g, layer);
     TRY(route_received(&g));

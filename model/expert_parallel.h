@@ -8,7 +8,8 @@
 //
 // The gate travels with its row, so that what comes back needs only to be added up, and dgate comes
 // back in the same way. How many rows go where is known once the ranks of a group have told each
-// other their routing; the host waits for that once per layer and forward pass.
+// other their routing; the host waits for that once per layer and forward pass, and keeps it for
+// what backward does again.
 //
 // A rank may receive all the rows of its group in one layer, and few in the next. There is room for
 // all of one layer; what the backward pass reads is kept in a pool that the layers fill one after

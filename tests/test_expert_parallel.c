@@ -117,6 +117,71 @@ START_TEST(groups_beside_each_other_train_alike) {
 }
 END_TEST
 
+// --- What is told once ---------------------------------------------------------------------------
+
+// All-gathers of the rank's group of experts, which is how ranks tell each other their routing.
+static const CommunicatorOps *plain_ops_;
+
+static Status counted_all_gather(Communicator *c, void *values, int64_t part, CommType type,
+                                 CommTicket *ticket) {
+    atomic_fetch_add(&rank_results_[c->rank].checkpoint, 1);
+    return plain_ops_->all_gather(c, values, part, type, ticket);
+}
+
+// The first split makes the groups of experts.
+static Status counted_split(Communicator *c, int color, Communicator **out) {
+    static CommunicatorOps counted;
+    static int splits;
+    TRY(plain_ops_->split(c, color, out));
+    if (splits++ > 0) return STATUS_OK;
+    counted = *(*out)->ops;
+    counted.all_gather = counted_all_gather;
+    (*out)->ops = &counted;
+    return STATUS_OK;
+}
+
+static Status count_gathers(const Recipe *recipe, const RunOptions *options) {
+    static CommunicatorOps ops;
+    plain_ops_ = options->communicator->ops;
+    ops = *plain_ops_;
+    ops.split = counted_split;
+    options->communicator->ops = &ops;
+    return run_training(recipe, options);
+}
+
+// Backward makes layers again, or their rows travel again: with train.recompute or without room in
+// the pool all but the last, with little room some. The routing of a layer and micro-batch is known
+// by then. Two micro-batches a step on each rank, and no evaluations.
+START_TEST(routing_is_told_once_per_layer_and_pass) {
+    enum { STEPS = 12, MICRO_BATCHES = 2, LAYERS = 3 };
+    static const Variant variants[] = {
+        {"kept", {NULL}},
+        {"layer", {"train.recompute=layer", NULL}},
+        {"none", {"parallel.expert_room=0", NULL}},
+        {"little", {"parallel.expert_room=0.2", NULL}},
+    };
+    tiny_prepare();
+    for (size_t v = 0; v < sizeof variants / sizeof variants[0]; v++) {
+        char name[2][32];
+        snprintf(name[0], 32, "told-%s", variants[0].name);
+        snprintf(name[1], 32, "told-%s", variants[v].name);
+        Job job = expert_job(name[1], 2, 2);
+        tiny_set(&job.recipe, "train.global_batch=%d", 2 * 2 * MICRO_BATCHES);
+        tiny_set(&job.recipe, "train.steps=%d", STEPS);
+        tiny_set(&job.recipe, "data.valid=");
+        tiny_set(&job.recipe, "data.sequence_length=96");
+        for (int i = 0; i < 3 && variants[v].settings[i]; i++)
+            tiny_set(&job.recipe, "%s", variants[v].settings[i]);
+        job.victim = 1;
+        job.train = count_gathers;
+        run_ok(2, &job);
+        ck_assert_int_eq(atomic_load(&rank_results_[1].checkpoint), STEPS * MICRO_BATCHES * LAYERS);
+        expect_losses(name[0], name[1], "step", 0);
+        expect_same_weights(name[0], name[1]);
+    }
+}
+END_TEST
+
 // --- Checkpoints ---------------------------------------------------------------------------------
 
 START_TEST(checkpoints_fit_any_expert_ranks) {
@@ -209,6 +274,7 @@ END_TEST
 
 TEST_MAIN_TIMEOUT("expert parallel", 300, TEST(shared_experts_train_to_the_same_bits),
                   TEST(groups_beside_each_other_train_alike),
+                  TEST(routing_is_told_once_per_layer_and_pass),
                   TEST(checkpoints_fit_any_expert_ranks),
                   TEST(an_interrupted_run_ends_with_the_same_bits),
                   TEST(the_end_of_another_run_is_exported),

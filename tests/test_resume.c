@@ -164,13 +164,133 @@ START_TEST(stop_signals_save_and_the_same_command_continues) {
 }
 END_TEST
 
+enum { ANY_STEP = -1 };
+
+static void expect_status(const char *name, const char *state, Status code, int64_t step) {
+    json_t *root;
+    ck_assert_ok(json_read_file(tiny_run_path(name, "run_status.json"), 1 << 20, &root));
+    ck_assert_str_eq(json_string_value(json_object_get(root, "state")), state);
+    ck_assert_int_eq(json_integer_value(json_object_get(root, "code")), code);
+    int64_t found = json_integer_value(json_object_get(root, "step"));
+    if (step != ANY_STEP) ck_assert_int_eq(found, step);
+    json_decref(root);
+}
+
+// At the first operation the inputs are looked for, and the run directory is not open.
+START_TEST(a_request_before_the_run_is_open_stops_it_before_its_first_step) {
+    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    char hex[HASH_HEX_SIZE];
+    prepare_reference();
+    for (int i = 0; i < 3; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "early%d", i);
+        Recipe recipe = tiny_moe_recipe(name);
+        Trigger first = {.number = 1, .signals = {signals[i]}};
+        Trigger later = {.number = 400, .signals = {signals[i]}};
+        TinyRun early = {.hook = on_operation, .context = &first};
+        TinyRun middle = {.hook = on_operation, .context = &later};
+        expect_exit(&recipe, &early, STATUS_PREEMPTED);
+        expect_message(&recipe, "at step 0 of 40; the same command continues");
+        expect_status(name, "preempted", STATUS_PREEMPTED, 0);
+        ck_assert(!io_exists(tiny_run_path(name, "log.jsonl"))); // it did not begin
+        // Nor does one that continues: what is there stays what it is.
+        expect_exit(&recipe, &middle, STATUS_PREEMPTED);
+        int64_t step = tiny_newest(name, "state.json", hex);
+        for (int times = 0; times < 4; times++) // which is no crash loop
+            expect_exit(&recipe, &early, STATUS_PREEMPTED);
+        ck_assert_int_gt(step, 0);
+        expect_status(name, "preempted", STATUS_PREEMPTED, step);
+        ck_assert_int_eq(tiny_newest(name, "state.json", hex), step);
+        expect_exit(&recipe, NULL, STATUS_OK);
+        expect_same_run("whole", name);
+    }
+}
+END_TEST
+
+// It has not saved, and says which signal was the second. A save that the thread has completed by
+// itself may be newer than the record.
+static void expect_left_at_once(const char *name, const char *signal) {
+    char path[IO_PATH_MAX], text[96];
+    int64_t step;
+    json_t *root;
+    ck_assert_ok(checkpoint_find(tiny_run_path(name, "checkpoints"), &step, path));
+    expect_status(name, "preempted", STATUS_PREEMPTED, ANY_STEP);
+    snprintf(text, sizeof text, "ended at once by a second signal (%s)", signal);
+    ck_assert_ok(json_read_file(tiny_run_path(name, "run_status.json"), 1 << 20, &root));
+    ck_assert_int_le(json_integer_value(json_object_get(root, "step")), step > 0 ? step : 0);
+    const char *message = json_string_value(json_object_get(root, "message"));
+    ck_assert_msg(strstr(message, text) != NULL, "'%s' lacks '%s'", message, text);
+    json_decref(root);
+}
+
 START_TEST(second_signal_ends_the_process_at_once) {
     tiny_prepare();
     Recipe recipe = tiny_moe_recipe("twice");
     Trigger trigger = {.number = 200, .signals = {SIGTERM, SIGTERM}};
     TinyRun run = {.hook = on_operation, .context = &trigger};
-    ck_assert_int_eq(tiny_train(&recipe, &run), 128 + SIGTERM);
+    ck_assert_int_eq(tiny_train(&recipe, &run), STATUS_PREEMPTED);
+    expect_left_at_once("twice", "SIGTERM");
     expect_exit(&recipe, NULL, STATUS_OK);
+}
+END_TEST
+
+// Operations that never end from some number on: the main thread's first, or all, as on a file
+// system that does not answer.
+typedef struct Hang {
+    Trigger trigger;
+    bool all;
+    int ready; // a pipe to write to
+} Hang;
+
+static int hanging_operation(void *context, IoOp op, const char *path, size_t *bytes) {
+    Hang *hang = context;
+    Trigger *trigger = &hang->trigger;
+    (void)op, (void)path, (void)bytes;
+    if (trigger->run == 0) trigger->run = getpid();
+    if (trigger->run != getpid()) return 0;
+    if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) < trigger->number) return 0;
+    if (gettid() != getpid() && !hang->all) return 0;
+    if (write(hang->ready, "x", 1) != 1) _exit(99);
+    for (;;) sleep(60);
+}
+
+// Two requests end it.
+static void end_a_run_that_hangs(const Recipe *recipe, Hang *hang, int second) {
+    TinyRun run = {.hook = hanging_operation, .context = hang};
+    char byte;
+    int ends[2];
+    ck_assert_int_eq(pipe(ends), 0);
+    hang->ready = ends[1];
+    pid_t child = tiny_start(recipe, &run);
+    ck_assert_int_eq(read(ends[0], &byte, 1), 1);
+    kill(child, SIGTERM);
+    usleep(200000);
+    ck_assert_int_eq(waitpid(child, NULL, WNOHANG), 0);
+    kill(child, second);
+    ck_assert_int_eq(tiny_wait(child), STATUS_PREEMPTED);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+START_TEST(a_second_request_ends_a_run_that_hangs) {
+    static const long operations[] = {40, 400}; // in the set-up, in the middle
+    static const int signals[] = {SIGUSR1, SIGINT};
+    static const char *const names[] = {"SIGUSR1", "SIGINT"};
+    prepare_reference();
+    for (int i = 0; i < 4; i++) {
+        char name[32];
+        Hang hang = {.trigger = {.number = operations[i % 2]}, .all = i >= 2};
+        snprintf(name, sizeof name, "hangs%d", i);
+        Recipe recipe = tiny_moe_recipe(name);
+        end_a_run_that_hangs(&recipe, &hang, signals[i % 2]);
+        // Where nothing can be written any more, nothing is, and the process leaves all the same.
+        if (hang.all)
+            expect_status(name, "running", STATUS_OK, ANY_STEP);
+        else
+            expect_left_at_once(name, names[i % 2]);
+        expect_exit(&recipe, NULL, STATUS_OK);
+        expect_same_run("whole", name);
+    }
 }
 END_TEST
 
@@ -281,7 +401,9 @@ END_TEST
 
 TEST_MAIN_TIMEOUT("resume", 300, TEST(killed_at_random_moments), TEST(killed_at_random_operations),
                   TEST(stop_signals_save_and_the_same_command_continues),
+                  TEST(a_request_before_the_run_is_open_stops_it_before_its_first_step),
                   TEST(second_signal_ends_the_process_at_once),
+                  TEST(a_second_request_ends_a_run_that_hangs),
                   TEST(every_option_that_has_state_survives),
                   TEST(a_finished_run_says_so_and_a_longer_one_goes_on),
                   TEST(resume_from_a_given_checkpoint_takes_the_other_course_away),

@@ -135,6 +135,45 @@ START_TEST(a_killed_holder_is_followed) {
 }
 END_TEST
 
+static void expect_newest(const char *state, Status code, int64_t step) {
+    json_t *root = read_status();
+    ck_assert_str_eq(text_of(root, "state"), state);
+    ck_assert_int_eq(int_of(root, "code"), code);
+    ck_assert_int_eq(int_of(root, "step"), step);
+    json_decref(root);
+}
+
+static Status close_as_preempted(long pid) {
+    char parent[IO_PATH_MAX];
+    ck_assert_ok(io_path(parent, "%s/runs", test_directory()));
+    return rundir_close_attempt(parent, "r", pid, "preempted", STATUS_PREEMPTED, "asked twice");
+}
+
+// Whoever has waited for a process that was killed says in its place how it ended.
+START_TEST(an_attempt_that_was_killed_is_closed_by_another_process) {
+    RunDir dir;
+    ck_assert_ok(close_as_preempted(1)); // there is no run
+    ck_assert(!io_exists(in_run("")));
+    killed_attempt(10);
+    json_t *root = read_status();
+    const json_t *record = json_array_get(json_object_get(root, "attempts"), 0);
+    const long pid = (long)int_of(record, "pid");
+    json_decref(root);
+    ck_assert_ok(close_as_preempted(pid + 1)); // another's attempt
+    expect_newest("running", STATUS_OK, 10);
+    ck_assert_ok(close_as_preempted(pid));
+    expect_newest("preempted", STATUS_PREEMPTED, 10);
+    ck_assert_ok(open_run(&dir));
+    ck_assert_int_eq(dir.attempt, 2);
+    ck_assert_fails(close_as_preempted((long)getpid()), STATUS_USAGE, "in use"); // it goes on
+    expect_newest("running", STATUS_OK, 0);
+    ck_assert_ok(rundir_status(&dir, "failed", 11, STATUS_IO, "it broke"));
+    rundir_close(&dir);
+    ck_assert_ok(close_as_preempted((long)getpid())); // it has said how it ended
+    expect_newest("failed", STATUS_IO, 11);
+}
+END_TEST
+
 START_TEST(three_attempts_without_progress) {
     RunDir dir;
     attempt("failed", 0, STATUS_IO);
@@ -313,6 +352,7 @@ END_TEST
 
 TEST_MAIN("rundir", TEST(opens_records_and_closes), TEST(two_runs_on_one_directory),
           TEST(a_killed_holder_is_followed), TEST(a_killed_holders_child_is_waited_for),
+          TEST(an_attempt_that_was_killed_is_closed_by_another_process),
           TEST(three_attempts_without_progress), TEST(progress_is_beyond_every_attempt_before),
           TEST(asked_for_ends_do_not_count), TEST(long_histories_are_cut),
           TEST(damaged_records_are_counted_anew), TEST(unwritable_directories),

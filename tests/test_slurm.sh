@@ -175,6 +175,41 @@ finish "$job" COMPLETED 0:0
 [ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
 [ "$(weights killed)" = "$(weights whole)" ] || fail "weights differ after a lost task"
 
+# Rank 1 is late, and deaf until it is there; rank 0 waits for it.
+cat >late <<'END'
+#!/usr/bin/env bash
+if [ "${SLURM_STEP_ID:-}${SLURM_PROCID:-}${SLURM_RESTART_COUNT:-0}" = 010 ]; then
+    trap '' USR1
+    sleep 6
+    trap - USR1
+fi
+exec "$LATE_TRAIN" "$@"
+END
+# A process that is hit before its main.
+cat >hit <<'END'
+#!/usr/bin/env bash
+[ "${SLURM_STEP_ID:-}${SLURM_RESTART_COUNT:-0}" != 00 ] || kill -USR1 $$
+exec "$LATE_TRAIN" "$@"
+END
+chmod +x late hit
+export LATE_TRAIN=$TRAIN
+
+echo "[$SECONDS s] asked to make room before the ranks have met: requeued, begun"
+job=$(TRAIN=$work/late submit early)
+until_true 60 pgrep -f "^$TRAIN .*run.name=early" >/dev/null || fail "no rank of job $job"
+sleep 1
+scancel --signal=USR1 "$job"
+finish "$job" COMPLETED 0:0
+[ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
+grep -q "as 'preempted' with code 75 at step 0" early.log || fail "the run was not asked early"
+[ "$(weights early)" = "$(weights whole)" ] || fail "weights differ after an early requeue"
+
+echo "[$SECONDS s] asked to make room before the program runs: requeued, begun"
+job=$(TRAIN=$work/hit submit hit)
+finish "$job" COMPLETED 0:0
+[ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
+grep -q "the run did not begin" hit.log || fail "the first start of job $job began"
+
 # The controller looks at time limits every 30 s and signals at the last look before the time that
 # was asked for: with 20 s before a minute is up, 10 to 40 s after the start, when there are tasks.
 # The run is longer than any machine's minute; once it has continued, somebody wants it to stop.

@@ -33,6 +33,15 @@ static void write_recipe(const char *name, int steps) {
     free(text);
 }
 
+static int waiting_signal; // that the next program finds waiting for it; 0: none
+
+static void leave_signal(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, waiting_signal);
+    if (waiting_signal && (sigprocmask(SIG_BLOCK, &set, NULL) || raise(waiting_signal))) _exit(99);
+}
+
 // `environment` is "NAME=value ...", `arguments` words after --recipe FILE; `folder` to start in.
 static Program start_program(const char *environment, const char *arguments, const char *folder) {
     static int count;
@@ -58,6 +67,7 @@ static Program start_program(const char *environment, const char *arguments, con
         argv[argc++] = word;
     setenv("DENSE2MOE_LOG", "info", 1);
     if (dup2(fd, 1) != 1 || dup2(fd, 2) != 2 || (folder && chdir(folder) != 0)) _exit(99);
+    leave_signal();
     execv(TEST_BINARY_DIR "/bin/train", argv);
     _exit(98);
 }
@@ -139,6 +149,16 @@ static void expect_same_weights(const char *a, const char *b) {
     ck_assert_str_eq(x, y);
 }
 
+static void expect_status(const char *name, const char *state, Status code, const char *text) {
+    json_t *root;
+    ck_assert_ok(json_read_file(tiny_run_path(name, "run_status.json"), 1 << 20, &root));
+    ck_assert_str_eq(json_string_value(json_object_get(root, "state")), state);
+    ck_assert_int_eq(json_integer_value(json_object_get(root, "code")), code);
+    const char *message = json_string_value(json_object_get(root, "message"));
+    ck_assert_msg(strstr(message, text) != NULL, "'%s' lacks '%s'", message, text);
+    json_decref(root);
+}
+
 // --- Started by itself ---------------------------------------------------------------------------
 
 enum { LONG_STEPS = 200 };
@@ -215,6 +235,51 @@ START_TEST(a_request_to_stop_saves_on_all_ranks) {
 }
 END_TEST
 
+// The signal is there before the program is.
+START_TEST(a_request_before_anything_stops_before_the_first_step) {
+    static const char *const processes[] = {"--processes 1", "--processes 2"};
+    tiny_prepare();
+    for (int i = 0; i < 2; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "early%d", i);
+        write_recipe(name, TINY_STEPS);
+        waiting_signal = SIGUSR1;
+        Program program = run_program("", processes[i]);
+        waiting_signal = 0;
+        expect_program(&program, STATUS_PREEMPTED, "stopped by SIGUSR1 at step 0 of 40");
+        expect_status(name, "preempted", STATUS_PREEMPTED, "stopped by SIGUSR1");
+        program = run_program("", processes[i]);
+        expect_program(&program, STATUS_OK, "done: 40 steps");
+    }
+}
+END_TEST
+
+// One rank hears nothing, the other waits for it in a collective. Which of them keeps the record
+// makes no difference.
+START_TEST(a_second_request_ends_ranks_that_hang) {
+    tiny_prepare();
+    for (int rank = 0; rank < 2; rank++) {
+        char name[16];
+        snprintf(name, sizeof name, "hangs%d", rank);
+        write_recipe(name, 100000);
+        Program program = start_program("", "--processes 2 --set parallel.hang_seconds=60", NULL);
+        wait_for_steps(&program);
+        kill(find_rank(&program, rank), SIGSTOP);
+        usleep(100000);
+        kill(program.pid, SIGTERM);
+        usleep(2300000);
+        kill(program.pid, SIGTERM);
+        finish_program(&program);
+        expect_program(&program, STATUS_PREEMPTED, "did not notice the end of the run");
+        expect_status(name, "preempted", STATUS_PREEMPTED, "second signal (SIGTERM)");
+        program = start_program("", "--processes 2 --set parallel.hang_seconds=60", NULL);
+        disturb(&program, -1, SIGUSR1); // it can be started again
+        expect_program(&program, STATUS_PREEMPTED, "stopped by SIGUSR1");
+        expect_status(name, "preempted", STATUS_PREEMPTED, "stopped by SIGUSR1");
+    }
+}
+END_TEST
+
 // --- Started by others ---------------------------------------------------------------------------
 
 static int free_port(void) {
@@ -266,6 +331,30 @@ START_TEST(ranks_by_hand_and_by_slurms_variables) {
     for (int rank = 0; rank < 2; rank++) finish_program(&programs[rank]);
     expect_program(&programs[0], STATUS_OK, "done: 40 steps");
     expect_same_weights("itself", "slurm");
+}
+END_TEST
+
+// Rank 0 is asked while it waits for rank 1, as when a scheduler is faster than a node.
+START_TEST(a_request_before_the_ranks_have_met_stops_all) {
+    Program programs[2];
+    char environment[2][256];
+    tiny_prepare();
+    write_recipe("unmet", TINY_STEPS);
+    const int port = free_port();
+    for (int rank = 0; rank < 2; rank++)
+        snprintf(environment[rank], sizeof environment[rank],
+                 "RANK=%d WORLD_SIZE=2 LOCAL_RANK=%d MASTER_ADDR=127.0.0.1 MASTER_PORT=%d", rank,
+                 rank, port);
+    waiting_signal = SIGTERM;
+    programs[0] = start_program(environment[0], "", NULL);
+    waiting_signal = 0;
+    usleep(300000);
+    programs[1] = start_program(environment[1], "", NULL);
+    for (int rank = 0; rank < 2; rank++) finish_program(&programs[rank]);
+    expect_program(&programs[0], STATUS_PREEMPTED, "info: SIGTERM; the run stops");
+    expect_program(&programs[0], STATUS_PREEMPTED, "stopped by SIGTERM at step 0 of 40");
+    ck_assert_int_eq(programs[1].code, STATUS_PREEMPTED);
+    expect_status("unmet", "preempted", STATUS_PREEMPTED, "stopped by SIGTERM");
 }
 END_TEST
 
@@ -342,5 +431,8 @@ TEST_MAIN_TIMEOUT("world", 300, TEST(ranks_of_one_machine),
                   TEST(a_killed_rank_ends_the_run_or_restarts_it),
                   TEST(a_stopped_rank_ends_the_run_in_time),
                   TEST(a_request_to_stop_saves_on_all_ranks),
+                  TEST(a_second_request_ends_ranks_that_hang),
+                  TEST(a_request_before_anything_stops_before_the_first_step),
+                  TEST(a_request_before_the_ranks_have_met_stops_all),
                   TEST(ranks_by_hand_and_by_slurms_variables), TEST(ranks_that_differ_say_so),
                   TEST(a_start_that_cannot_be_ends_in_time))

@@ -81,6 +81,7 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     OptimizerOptions optimizer = prepare_optimizer_options(recipe);
     DataConfig data;
     TensorTable table, whole = {0};
+    const TensorTable *saved = &table;
     MemoryPlan *device;
     Status status = STATUS_OK;
     TRY(begin_plan(backend, out, &device));
@@ -96,11 +97,13 @@ Status run_memory_plan(const Recipe *recipe, Backend *backend, const ModelConfig
     TRY_GOTO(optimizer_plan(&table, &optimizer, backend->compute_dtype, ranks, device), done);
     if (recipe->parallel_pairwise)
         TRY_GOTO(pairwise_plan(&table, loader_micro_batches(&data.loader), device), done);
+    if (options.expert_ranks > 1) { // rank 0 has only some experts, and saves all
+        TRY_GOTO(tensor_table_build(config, &whole), done);
+        saved = &whole;
+    }
     CheckpointOptions checkpoint = {.rank = 0, .world = ranks};
-    TRY_GOTO(tensor_table_build(config, &whole), done);
-    TRY_GOTO(checkpoint_plan(&table, recipe->parallel_expert > 1 ? &whole : &table,
-                             optimizer.state_dtype, backend->compute_dtype, &checkpoint,
-                             &out->machine),
+    TRY_GOTO(checkpoint_plan(&table, saved, optimizer.state_dtype, backend->compute_dtype,
+                             &checkpoint, &out->machine),
              done);
     TRY_GOTO(loader_plan(&data.loader, &out->machine), done);
 done:

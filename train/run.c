@@ -51,10 +51,10 @@ static Status train_loop(Trainer *t) {
     }
 }
 
-static Status stopped(Trainer *t) {
+static Status stopped(const Trainer *t, int64_t step) {
     FAIL(STATUS_PREEMPTED,
          "stopped by %s at step %" PRId64 " of %" PRId64 "; the same command continues",
-         t->stop_name, t->state.step, t->total_steps);
+         t->stop_name, step, t->total_steps);
 }
 
 // A rank that fails by itself leaves the others waiting for it: they are told at once.
@@ -136,6 +136,9 @@ static Status train(Trainer *t) {
                  t->resume_step, t->total_steps, t->dir.path);
         return STATUS_OK;
     }
+    // What follows may take an hour.
+    TRY(ranks_agree_on_stop(t));
+    if (t->stop) return stopped(t, t->resume_step > 0 ? t->resume_step : 0);
     TRY(trainer_open(t));
     wait_as_told(t);
     TRY(watch_steps(t));
@@ -143,29 +146,12 @@ static Status train(Trainer *t) {
     TRY(watch_gpu(t));
     TRY(train_to_the_end(t));
     watchdog_alone(t->watchdog);
-    if (t->stop) return stopped(t);
+    if (t->stop) return stopped(t, t->state.step);
     // The others have nothing left to do, and nobody waits for them. Writing the export and reading
     // it back takes long for a large model.
     watchdog_beat(t->watchdog, t->state.step, "in the export");
     watchdog_allow(t->watchdog, (double)t->recipe->parallel_setup_seconds);
     return t->team.rank == 0 ? finish_run(t) : STATUS_OK;
-}
-
-// How the attempt ended, for schedulers. The failure itself is what the caller reports.
-static void record_end(Trainer *t, Status code) {
-    const char *state = code == STATUS_OK          ? "done"
-                        : code == STATUS_PREEMPTED ? "preempted"
-                                                   : "failed";
-    StatusRecord record;
-    if (t->team.rank > 0) return;
-    status_take(&record);
-    int64_t step = t->saved_step > 0 ? t->saved_step : 0;
-    if (rundir_status(&t->dir, state, step, code, code == STATUS_OK ? "" : record.message) !=
-        STATUS_OK) {
-        log_warn("run_status.json could not be written: %s", status_message());
-        status_clear();
-    }
-    if (code != STATUS_OK) status_put(&record);
 }
 
 // A profile has a directory of its own, so that it can never come between a run and its
@@ -204,7 +190,7 @@ static void close_profile(Trainer *t) {
     profile_destroy(t->profile);
 }
 
-Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
+static Status run_attempt(Backend *backend, const Recipe *recipe, const RunOptions *options) {
     Trainer *t = calloc(1, sizeof *t);
     if (!t) FAIL(STATUS_INTERNAL, "out of memory for the run");
     Status status = STATUS_OK;
@@ -220,14 +206,13 @@ Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions 
     TRY_GOTO(open_team(t), done);
     TRY_GOTO(watch_setup(t), done);
     TRY_GOTO(open_directory(t), done);
-    stop_signal_install();
-    status = train(t);
+    status = record_begin(t);
+    if (status == STATUS_OK) status = train(t);
     watchdog_stop(t->watchdog);
     status = gpu_events_explain(t->gpu_events, status);
     gpu_events_stop(t->gpu_events);
     record_end(t, status);
     trainer_close(t);
-    stop_signal_restore();
     rundir_close(&t->dir);
     team_close(&t->team);
     close_profile(t);
@@ -243,11 +228,32 @@ done:
     return status;
 }
 
-Status run_training(const Recipe *recipe, const RunOptions *options) {
+// Requests to stop are heard from the start on: before the run directory is open, too, a run that
+// is asked to stop must get so far as to say in there that it was asked, or nobody would requeue
+// it.
+static void hear_requests(const RunOptions *options) {
+    stop_signal_install(!options->communicator || options->communicator->rank == 0);
+}
+
+Status run_training_on(Backend *backend, const Recipe *recipe, const RunOptions *options) {
+    hear_requests(options);
+    Status status = run_attempt(backend, recipe, options);
+    stop_signal_restore();
+    return status;
+}
+
+static Status run_alone(const Recipe *recipe, const RunOptions *options) {
     Backend *backend;
     TRY(prepare_check_inputs(recipe));
     TRY(prepare_backend(recipe, 0, &backend));
-    Status status = run_training_on(backend, recipe, options);
+    Status status = run_attempt(backend, recipe, options);
     backend_destroy(backend);
+    return status;
+}
+
+Status run_training(const Recipe *recipe, const RunOptions *options) {
+    hear_requests(options);
+    Status status = run_alone(recipe, options);
+    stop_signal_restore();
     return status;
 }

@@ -13,15 +13,6 @@
 #include <time.h>
 #include "base/log.h"
 
-// Bookkeeping for schedulers; training does not depend on it.
-static void note_progress(Trainer *t) {
-    if (t->team.rank > 0) return;
-    Status status = rundir_status(&t->dir, "running", t->saved_step, STATUS_OK, "");
-    if (status == STATUS_OK) return;
-    log_warn("run_status.json could not be written: %s", status_message());
-    status_clear();
-}
-
 static Status save_failed(Trainer *t, int64_t step) {
     int most = (int)t->recipe->checkpoint_max_failures;
     t->failed_saves++;
@@ -85,7 +76,7 @@ static Status saved(Trainer *t, int64_t step) {
     t->failed_saves = 0;
     log_debug("saved the checkpoint of step %" PRId64, step);
     report_event(t->report, step, "checkpoint", t->checkpoints);
-    note_progress(t);
+    record_progress(t);
     return STATUS_OK;
 }
 

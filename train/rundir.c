@@ -238,11 +238,15 @@ static int attempts_without_progress(const json_t *attempts) {
     return row;
 }
 
+static bool is_running(const json_t *record) {
+    const char *state = json_string_value(json_object_get(record, "state"));
+    return state && strcmp(state, "running") == 0;
+}
+
 // An attempt that still says "running" while we hold the lock was killed.
 static Status close_killed_attempt(json_t *attempts, const char *path) {
     json_t *last = json_array_get(attempts, json_array_size(attempts) - 1);
-    const char *state = json_string_value(json_object_get(last, "state"));
-    if (!state || strcmp(state, "running") != 0) return STATUS_OK;
+    if (!is_running(last)) return STATUS_OK;
     json_t *killed = json_string("killed");
     if (json_object_set_new(last, "state", killed) != 0)
         FAIL(STATUS_INTERNAL, "%s: out of memory", path);
@@ -339,4 +343,30 @@ void rundir_close(RunDir *dir) {
         log_debug("%s/lock: cannot empty it: %s", dir->path, strerror(errno));
     close(dir->lock_fd);
     dir->lock_fd = -1;
+}
+
+Status rundir_close_attempt(const char *parent, const char *name, long pid, const char *state,
+                            Status code, const char *message) {
+    RunDir dir = {.lock_fd = -1};
+    const Identity self = own_identity();
+    char path[IO_PATH_MAX];
+    json_t *attempts = NULL;
+    int64_t newest;
+    Status status = STATUS_OK;
+    TRY(io_path(dir.path, "%s/%s", parent, name));
+    TRY(io_path(path, "%s/run_status.json", dir.path));
+    if (!io_exists(path)) return STATUS_OK;
+    TRY(take_lock(&dir, &self));
+    TRY_GOTO(load_attempts(path, &attempts, &newest), done);
+    json_t *last = json_array_get(attempts, json_array_size(attempts) - 1);
+    const char *host = json_string_value(json_object_get(last, "host"));
+    if (!is_running(last) || int_member(last, "pid") != pid || !host ||
+        strcmp(host, self.host) != 0)
+        goto done;
+    TRY_GOTO(update_record(last, path, state, int_member(last, "step"), code, message), done);
+    TRY_GOTO(store_attempts(path, attempts), done);
+done:
+    json_decref(attempts);
+    rundir_close(&dir);
+    return status;
 }

@@ -24,5 +24,9 @@ void rundir_close(RunDir *dir);
 // has made progress when that is beyond every attempt before it.
 Status rundir_status(RunDir *dir, const char *state, int64_t step, Status code,
                      const char *message) NODISCARD;
+// The same for the attempt of process `pid` of this host, which was killed before it could say
+// anything, by whoever has waited for its end. Nothing where it has said how it ended.
+Status rundir_close_attempt(const char *parent, const char *name, long pid, const char *state,
+                            Status code, const char *message) NODISCARD;
 
 #endif

@@ -28,6 +28,7 @@
 #include "base/log.h"
 #include "base/net.h"
 #include "train/launch.h"
+#include "train/stop_signal.h"
 
 enum { GRACE_SECONDS = 10, LINE_BYTES = 4096, FAR_SECONDS = 3600 };
 enum { CANNOT_EXEC = 127 };
@@ -47,8 +48,11 @@ typedef struct Parent {
     int *poll_ranks;
     int signals; // signalfd
     int alive;
+    pid_t first; // rank 0's
     bool asked_to_stop;
-    double doom; // when those that still run are killed; 0: not yet
+    double asked; // when
+    int insisted; // the second request's signal; 0: none
+    double doom;  // when those that still run are killed; 0: not yet
 } Parent;
 
 static bool is_request(int number) {
@@ -65,7 +69,7 @@ static int badness(int code) {
         STATUS_BAD_DATA, STATUS_MISSING_INPUT, STATUS_RECIPE_MISMATCH, STATUS_USAGE};
     for (int i = 0; i < (int)(sizeof order / sizeof order[0]); i++)
         if (order[i] == code) return 2 * i;
-    // Left at once on request: worse than a rank that has saved, no failure of the run.
+    // Killed by a request: worse than a rank that has heard it, no failure of the run.
     if (is_request(code - 128)) return 3;
     return badness(STATUS_INTERNAL);
 }
@@ -135,7 +139,7 @@ static void set_number(const char *name, long value) {
 // Between fork and exec. The parent has one thread, so anything is allowed here.
 static void become_rank(const Parent *parent, const Start *start, int rank, int output) {
     const SupervisorOptions *options = parent->options;
-    sigset_t none;
+    sigset_t others;
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != start->parent) _exit(STATUS_COMMUNICATION); // it is dead already
@@ -160,8 +164,11 @@ static void become_rank(const Parent *parent, const Start *start, int rank, int 
         dup2(output, STDOUT_FILENO);
         dup2(output, STDERR_FILENO);
     }
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    // Requests stay blocked, as here: the rank hears those that are passed on before it is ready.
+    sigfillset(&others);
+    for (int number = 1; number < NSIG; number++)
+        if (is_request(number)) sigdelset(&others, number);
+    sigprocmask(SIG_UNBLOCK, &others, NULL);
     execv(options->program ? options->program : "/proc/self/exe", start->arguments);
     fprintf(stderr, "train: error: cannot start %s: %s\n", start->arguments[0], strerror(errno));
     _exit(CANNOT_EXEC);
@@ -183,6 +190,7 @@ static Status start_rank(Parent *parent, const Start *start, int rank) {
     }
     if (ends[0] >= 0) fcntl(ends[0], F_SETFL, O_NONBLOCK);
     child->pid = pid;
+    if (rank == 0) parent->first = pid;
     child->output = ends[0];
     parent->alive++;
     return STATUS_OK;
@@ -208,9 +216,13 @@ static void send_to_all(const Parent *parent, int number) {
         if (parent->children[rank].pid > 0) kill(parent->children[rank].pid, number);
 }
 
+static void set_doom(Parent *parent) {
+    double grace = parent->options->grace_seconds;
+    if (parent->doom == 0) parent->doom = clock_seconds() + (grace > 0 ? grace : GRACE_SECONDS);
+}
+
 static void note_end(Parent *parent, int rank, int how) {
     Child *child = &parent->children[rank];
-    double grace = parent->options->grace_seconds;
     child->pid = 0;
     parent->alive--;
     if (child->output >= 0) read_output(child, rank);
@@ -218,14 +230,15 @@ static void note_end(Parent *parent, int rank, int how) {
         child->code = WEXITSTATUS(how);
     } else if (parent->asked_to_stop && is_request(WTERMSIG(how))) {
         child->code = 128 + WTERMSIG(how); // before it could do anything about it
+    } else if (parent->insisted && WTERMSIG(how) == SIGKILL) {
+        child->code = STATUS_PREEMPTED; // it did not hear, and was ended on request all the same
     } else {
         child->code = STATUS_COMMUNICATION;
         if (parent->doom == 0 || WTERMSIG(how) != SIGKILL) // else it was us
             log_error("rank %d was killed by signal %d (%s)", rank, WTERMSIG(how),
                       strsignal(WTERMSIG(how)));
     }
-    if (child->code == STATUS_OK || child->code == STATUS_PREEMPTED || parent->doom > 0) return;
-    parent->doom = clock_seconds() + (grace > 0 ? grace : GRACE_SECONDS);
+    if (child->code != STATUS_OK && child->code != STATUS_PREEMPTED) set_doom(parent);
 }
 
 static void reap(Parent *parent) {
@@ -236,12 +249,25 @@ static void reap(Parent *parent) {
             if (parent->children[rank].pid == pid) note_end(parent, rank, how);
 }
 
+// Ranks leave at once on a second request. One that hangs so that it does not hear it does not
+// leave at all.
+static void hear_request(Parent *parent, int number) {
+    double now = clock_seconds();
+    if (!parent->asked_to_stop) {
+        parent->asked = now;
+    } else if (now - parent->asked >= STOP_ECHO_SECONDS) {
+        parent->insisted = number;
+        set_doom(parent);
+    }
+    parent->asked_to_stop = true;
+    send_to_all(parent, number);
+}
+
 static void handle_signals(Parent *parent) {
     struct signalfd_siginfo info;
     while (read(parent->signals, &info, sizeof info) == sizeof info) {
         if (info.ssi_signo == SIGCHLD) continue;
-        parent->asked_to_stop = true;
-        send_to_all(parent, (int)info.ssi_signo);
+        hear_request(parent, (int)info.ssi_signo);
     }
     reap(parent);
 }
@@ -310,12 +336,12 @@ static Status run_all(Parent *parent, int *exit_code) {
     }
 }
 
-Status supervise(const SupervisorOptions *options, int *exit_code) {
+Status supervise(const SupervisorOptions *options, SupervisorEnd *out) {
     Parent parent = {.options = options, .signals = -1};
     sigset_t watched, before;
     Status status = STATUS_OK;
     size_t count = (size_t)options->processes;
-    *exit_code = STATUS_INTERNAL;
+    *out = (SupervisorEnd){.exit_code = STATUS_INTERNAL};
     INVARIANT(options->processes >= 1 && options->processes <= SUPERVISOR_RANKS_MAX);
     sigemptyset(&watched);
     sigaddset(&watched, SIGCHLD);
@@ -330,7 +356,9 @@ Status supervise(const SupervisorOptions *options, int *exit_code) {
     if (!parent.children || !parent.polls || !parent.poll_ranks || parent.signals < 0)
         FAIL_GOTO(done, STATUS_INTERNAL, "cannot prepare to start %d ranks: %s", options->processes,
                   strerror(errno));
-    status = run_all(&parent, exit_code);
+    status = run_all(&parent, &out->exit_code);
+    out->insisted = parent.insisted;
+    out->first = parent.first;
 done:
     if (parent.signals >= 0) close(parent.signals);
     free(parent.children);

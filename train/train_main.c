@@ -5,11 +5,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "base/log.h"
 #include "base/status.h"
 #include "train/device.h"
 #include "train/recipe.h"
 #include "train/recipe_table.h"
 #include "train/run.h"
+#include "train/stop_signal.h"
 #include "train/supervisor.h"
 #include "train/world.h"
 
@@ -210,10 +212,25 @@ static Status load(Arguments *arguments, Recipe *recipe) {
     return recipe_check(recipe);
 }
 
+// Where rank 0 hung so that it did not hear the second request, either.
+static void record_second_request(const Recipe *recipe, const SupervisorEnd *end) {
+    char name[RECIPE_TEXT_MAX], message[128];
+    Status status = recipe_run_name(recipe, name, sizeof name);
+    snprintf(message, sizeof message,
+             "killed after a second signal (%s); the same command continues",
+             stop_signal_name_of(end->insisted));
+    if (status == STATUS_OK)
+        status = rundir_close_attempt(recipe->run_directory, name, (long)end->first, "preempted",
+                                      STATUS_PREEMPTED, message);
+    if (status == STATUS_OK) return;
+    log_warn("run_status.json could not be written: %s", status_message());
+    status_clear();
+}
+
 // The ranks of this machine, started with our own arguments. A restart continues what the start
 // before it has left, also where that one was told to begin anew.
-static Status start_ranks(const Arguments *arguments, int ranks, int argc, char **argv,
-                          int *exit_code) {
+static Status start_ranks(const Arguments *arguments, const Recipe *recipe, int ranks, int argc,
+                          char **argv, int *exit_code) {
     static char resume[] = "--resume", automatic[] = "auto";
     if (arguments->on_gpus) {
         Status status = device_check(&(DeviceOptions){.choice = DEVICE_CUDA});
@@ -230,8 +247,11 @@ static Status start_ranks(const Arguments *arguments, int ranks, int argc, char 
                                           .max_restarts = arguments->max_restarts,
                                           .arguments = argv,
                                           .on_restart = again};
-    Status status = supervise(&supervisor, exit_code);
+    SupervisorEnd end;
+    Status status = supervise(&supervisor, &end);
     free(again);
+    *exit_code = end.exit_code;
+    if (end.insisted) record_second_request(recipe, &end);
     return status;
 }
 
@@ -250,6 +270,7 @@ static bool only_prints(const Arguments *arguments) {
 // been printed by them.
 static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **argv, int *exit_code) {
     Launch launch;
+    if (!arguments->print_directory && !only_prints(arguments)) stop_signal_hold();
     TRY(load(arguments, recipe));
     if (arguments->print_directory) return print_directory(recipe);
     TRY(launch_from_environment(&launch));
@@ -266,7 +287,7 @@ static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **arg
     if (arguments->surgery_only) return prepare_only(recipe, STOP_AFTER_SURGERY);
     bool alone = ranks == 1 && arguments->max_restarts == 0;
     if (launch.kind == LAUNCH_NONE && !alone)
-        return start_ranks(arguments, ranks, argc, argv, exit_code);
+        return start_ranks(arguments, recipe, ranks, argc, argv, exit_code);
     Status status = world_run_training(&launch, recipe, &arguments->run);
     if (status != STATUS_PREEMPTED || launch.rank == 0) return status;
     *exit_code = status; // all ranks have stopped at the same step; one of them says so

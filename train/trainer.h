@@ -5,6 +5,7 @@
 //   run_ranks.c    what ranks that train together agree on at the start and between steps
 //   run_step.c     one optimizer step
 //   run_save.c     checkpoints in the background and what their failures mean
+//   run_record.c   what run_status.json says of it
 //   run_finish.c   evaluation, export, the last line
 //   run_profile.c  --profile: steps timed op by op instead of all that
 #ifndef TRAIN_TRAINER_H
@@ -142,6 +143,12 @@ Status save_begin(Trainer *t) NODISCARD;
 Status save_collect(Trainer *t, bool wait) NODISCARD;
 // Saves what is unsaved, waits, and fails when it could not be saved.
 Status save_finally(Trainer *t) NODISCARD;
+
+// run_record.c: rank 0's; nothing on others.
+Status record_begin(Trainer *t) NODISCARD; // once the directory is open
+void record_progress(Trainer *t);          // saved_step has moved
+// How the attempt ended. The failure itself is what the caller reports.
+void record_end(Trainer *t, Status code);
 
 // run_finish.c
 // The evaluation that the present step asks for, if any: "start" before the first step, "end" after

@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "train/device.h"
 #include "train/rendezvous.h"
+#include "train/stop_signal.h"
 
 enum { WHY_MAX = 500 };
 
@@ -193,13 +194,23 @@ static void leave_together(const World *world) {
     status_put(&record);
 }
 
-Status world_run_training(const Launch *launch, const Recipe *recipe, const RunOptions *options) {
-    if (launch->world == 1) return run_training(recipe, options);
+static Status run_one_of_several(const Launch *launch, const Recipe *recipe,
+                                 const RunOptions *options) {
     World world = {.launch = launch};
     Status status = train(&world, recipe, options);
     if (status == STATUS_PREEMPTED) leave_together(&world);
     communicator_destroy(world.communicator);
     backend_destroy(world.backend);
     rendezvous_close(world.rendezvous);
+    return status;
+}
+
+// A rank that is asked to stop while it waits for the others comes to the run with them: then all
+// end in the same way.
+Status world_run_training(const Launch *launch, const Recipe *recipe, const RunOptions *options) {
+    if (launch->world == 1) return run_training(recipe, options);
+    stop_signal_install(launch->rank == 0);
+    Status status = run_one_of_several(launch, recipe, options);
+    stop_signal_restore();
     return status;
 }
