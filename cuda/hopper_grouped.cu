@@ -304,6 +304,23 @@ static void sort_groups(const int32_t *begin, int64_t rows, int groups, int *ord
 
 // --- Host: launch -------------------------------------------------------------------------------
 
+static const double UNEVEN = 1.08; // shares, above which a block does one tile only
+
+// Each block takes every `clusters`th tile: the longest of these shares over the mean one.
+static double unevenness(const GroupedArgs &args, int clusters) {
+    double longest = 0.0, all = 0.0;
+    for (int cluster = 0; cluster < clusters; cluster++) {
+        double share = 0.0;
+        for (int t = cluster, g = 0; t < args.tiles; t += clusters) {
+            while (t >= args.tile_begin[g + 1]) g++;
+            share += args.k_steps[g];
+        }
+        longest = share > longest ? share : longest;
+        all += share;
+    }
+    return longest * clusters / all;
+}
+
 template <int COLUMNS, Kind KIND>
 static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
     auto kernel = grouped_kernel<COLUMNS, KIND>;
@@ -312,8 +329,12 @@ static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
     if (clusters == 0)
         TRY(count_clusters(backend, (const void *)kernel, GROUPED_THREADS, GROUPED_SHARED,
                            &clusters));
-    kernel<<<blocks_for(backend, args.tiles, args.k_steps[0], clusters), GROUPED_THREADS,
-             GROUPED_SHARED, backend->stream>>>(args);
+    // Where a few groups have most of the rows, and so the longest tiles of gradients, a block per
+    // tile lets the chip share them out as it gets free. It costs the overlap of one tile's end
+    // with the next one's beginning.
+    unsigned blocks = blocks_for(backend, args.tiles, args.k_steps[0], clusters);
+    if (unevenness(args, clusters) > UNEVEN) blocks = CLUSTER * (unsigned)args.tiles;
+    kernel<<<blocks, GROUPED_THREADS, GROUPED_SHARED, backend->stream>>>(args);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }
