@@ -214,13 +214,22 @@ static int64_t row_bytes(const CudaBackend *backend, const LinearCrossEntropyArg
 }
 
 static bool is_fused(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
-    return hopper_loss_takes(backend, args->hidden_size, args->vocab_size, args->x, args->weight);
+    return hopper_loss_takes(backend, args->hidden_size, args->vocab_size, args->x, args->weight,
+                             args->dx);
+}
+
+// Rows that a chunk can have. Where chunks may be fused all are as short, so that the workspace's
+// size does not depend on pointers.
+static int64_t rows_limit(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
+    int64_t limit = args->tokens;
+    if (hopper_loss_runs(backend)) limit = minimum(limit, HOPPER_LOSS_ROWS_MAX);
+    return args->chunk_tokens > 0 ? minimum(limit, args->chunk_tokens) : limit;
 }
 
 // Rows of a chunk: what the caller asks for, or equal chunks of at most CHUNK_BYTES.
 static int64_t chunk_rows(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
-    const int64_t limit = is_fused(backend, args) ? (int64_t)HOPPER_LOSS_ROWS_MAX : args->tokens;
-    if (args->chunk_tokens > 0) return minimum(args->chunk_tokens, minimum(limit, args->tokens));
+    const int64_t limit = rows_limit(backend, args);
+    if (args->chunk_tokens > 0) return limit;
     int64_t most = CHUNK_BYTES / row_bytes(backend, args) / CHUNK_ROWS_STEP * CHUNK_ROWS_STEP;
     if (most < CHUNK_ROWS_MIN) most = CHUNK_ROWS_MIN;
     const int64_t chunks = div_up(args->tokens, minimum(most, limit));
@@ -230,10 +239,10 @@ static int64_t chunk_rows(const CudaBackend *backend, const LinearCrossEntropyAr
 
 // An upper bound of the chunk's size that does not shrink as tokens or vocabulary grow.
 static size_t logits_bytes(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
-    const int64_t row = row_bytes(backend, args);
-    if (args->chunk_tokens > 0) return (size_t)(row * minimum(args->chunk_tokens, args->tokens));
+    const int64_t row = row_bytes(backend, args), all = row * rows_limit(backend, args);
+    if (args->chunk_tokens > 0) return (size_t)all;
     const int64_t least = row * CHUNK_ROWS_MIN;
-    return (size_t)minimum(row * args->tokens, least > CHUNK_BYTES ? least : CHUNK_BYTES);
+    return (size_t)minimum(all, least > CHUNK_BYTES ? least : CHUNK_BYTES);
 }
 
 // What a fused chunk needs besides.
@@ -241,11 +250,11 @@ typedef struct FusedBytes {
     size_t scratch, x_scaled, factor, product;
 } FusedBytes;
 
-static FusedBytes fused_bytes(const LinearCrossEntropyArgs *args) {
-    int64_t rows = minimum(args->tokens, HOPPER_LOSS_ROWS_MAX);
-    if (args->chunk_tokens > 0) rows = minimum(rows, args->chunk_tokens);
+static FusedBytes fused_bytes(const CudaBackend *backend, const LinearCrossEntropyArgs *args) {
+    const int64_t rows = rows_limit(backend, args);
     const size_t values = (size_t)rows * (size_t)args->hidden_size;
     FusedBytes bytes = {};
+    if (!hopper_loss_runs(backend)) return bytes;
     bytes.scratch = hopper_loss_scratch(rows, args->vocab_size);
     bytes.x_scaled = values * sizeof(bf16);
     bytes.factor = (size_t)rows * sizeof(float);
@@ -256,7 +265,7 @@ static FusedBytes fused_bytes(const LinearCrossEntropyArgs *args) {
 // The same for every hidden size and pointer, whether or not the fused path takes them.
 size_t cuda_linear_cross_entropy_workspace(const CudaBackend *backend,
                                            const LinearCrossEntropyArgs *args) {
-    const FusedBytes fused = fused_bytes(args);
+    const FusedBytes fused = fused_bytes(backend, args);
     return scratch_bytes(logits_bytes(backend, args)) +
            scratch_bytes((size_t)args->tokens * sizeof(float)) + scratch_bytes(fused.scratch) +
            scratch_bytes(fused.x_scaled) + scratch_bytes(fused.factor) +
@@ -371,7 +380,7 @@ static Status open_chunk(CudaBackend *backend, const LinearCrossEntropyArgs *arg
     if (!chunk->losses)
         TRY(scratch_take(&scratch, (size_t)args->tokens * sizeof(float), (void **)&chunk->losses));
     if (!chunk->fused) return STATUS_OK;
-    const FusedBytes bytes = fused_bytes(args);
+    const FusedBytes bytes = fused_bytes(backend, args);
     TRY(scratch_take(&scratch, bytes.scratch, &chunk->scratch));
     TRY(scratch_take(&scratch, bytes.x_scaled, &chunk->x_scaled));
     TRY(scratch_take(&scratch, bytes.factor, (void **)&chunk->factor));

@@ -1,6 +1,7 @@
 // Row counts on the host, and experts over streams.
 //
-// cuBLASLt takes sizes from the host, so the N+1 row boundaries are copied there once per routing.
+// cuBLASLt takes sizes from the host, and tensor maps are made there, so the N+1 row boundaries are
+// copied there once per routing.
 // The copy runs on a side stream while the compute stream gathers rows, which needs no counts, so
 // the wait is hidden unless the micro-batch is tiny. Backward finds what forward kept.
 //

@@ -1,9 +1,9 @@
 // Instructions of Hopper chips (sm_90a), one function each: barriers in shared memory, the bulk
 // tensor copy engine, clusters of two blocks, and the warpgroup matrix product.
 //
-// Tiles lie in shared memory as the copy engine's 128-byte swizzle leaves them: rows of 64 bf16 on
-// a multiple of 1024 bytes, the 16-byte chunk c of row r at place c ^ (r & 7). PTX ISA, "Strides"
-// and "Matrix descriptor" of wgmma.
+// Operands lie in shared memory as the copy engine's 128-byte swizzle leaves them: rows of 64 bf16
+// on a multiple of 1024 bytes, the 16-byte chunk c of row r at place c ^ (r & 7). PTX ISA,
+// "Strides" and "Matrix descriptor" of wgmma.
 #ifndef CUDA_HOPPER_CUH
 #define CUDA_HOPPER_CUH
 

@@ -304,9 +304,9 @@ static void sort_groups(const int32_t *begin, int64_t rows, int groups, int *ord
 
 // --- Host: launch -------------------------------------------------------------------------------
 
-static const double UNEVEN = 1.08; // shares, above which a block does one tile only
+static const double UNEVEN = 1.08; // shares, above which a cluster does one tile only
 
-// Each block takes every `clusters`th tile: the longest of these shares over the mean one.
+// Each cluster takes every `clusters`th tile: the longest of these shares over the mean one.
 static double unevenness(const GroupedArgs &args, int clusters) {
     double longest = 0.0, all = 0.0;
     for (int cluster = 0; cluster < clusters; cluster++) {
@@ -324,13 +324,13 @@ static double unevenness(const GroupedArgs &args, int clusters) {
 template <int COLUMNS, Kind KIND>
 static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
     auto kernel = grouped_kernel<COLUMNS, KIND>;
-    static int clusters;
+    static int known[DEVICES_MAX];
+    int clusters;
     if (args.tiles == 0) return STATUS_OK;
-    if (clusters == 0)
-        TRY(count_clusters(backend, (const void *)kernel, GROUPED_THREADS, GROUPED_SHARED,
-                           &clusters));
-    // Where a few groups have most of the rows, and so the longest tiles of gradients, a block per
-    // tile lets the chip share them out as it gets free. It costs the overlap of one tile's end
+    TRY(count_clusters(backend, (const void *)kernel, GROUPED_THREADS, GROUPED_SHARED, known,
+                       &clusters));
+    // Where a few groups have most of the rows, and so the longest tiles of gradients, a cluster
+    // per tile lets the chip share them out as it gets free. It costs the overlap of one tile's end
     // with the next one's beginning.
     unsigned blocks = blocks_for(backend, args.tiles, args.k_steps[0], clusters);
     if (unevenness(args, clusters) > UNEVEN) blocks = CLUSTER * (unsigned)args.tiles;
@@ -415,8 +415,10 @@ static bool is_transposed(const HopperGradient *p) {
 bool hopper_gradient_fills(const CudaBackend *backend, const HopperGradient *p) {
     const int64_t m = is_transposed(p) ? p->n : p->m, n = is_transposed(p) ? p->m : p->n;
     const int groups = p->begin ? p->groups : 1, columns = best_columns(n);
-    return fills(backend, groups * tiles_of(m, n, columns),
-                 (double)groups * (double)m * (double)n / CLUSTER_ROWS / columns);
+    int with_rows = 0;
+    for (int g = 0; g < groups; g++) with_rows += group_rows(p->begin, p->rows, g) > 0;
+    return fills(backend, with_rows * tiles_of(m, n, columns),
+                 (double)with_rows * (double)m * (double)n / CLUSTER_ROWS / columns);
 }
 
 static Status map_gradient(CudaBackend *backend, const HopperGradient *p, int g, int at,

@@ -58,10 +58,16 @@ static Status make_map(CudaBackend *backend, const void *matrix, int64_t rows, i
     return make_map_of(backend, &shape, out);
 }
 
-// Prepares the kernel and asks how many of its clusters run at a time: multiprocessors come in
-// groups whose size a cluster need not divide.
+enum { DEVICES_MAX = 64 }; // of a machine
+
+// How many of the kernel's clusters run at a time: multiprocessors come in groups whose size a
+// cluster need not divide. Prepares the kernel when a device sees it for the first time, when the
+// device's element of `known` is 0.
 static Status count_clusters(CudaBackend *backend, const void *kernel, int threads,
-                             int shared_bytes, int *clusters) {
+                             int shared_bytes, int *known, int *clusters) {
+    INVARIANT(backend->device < DEVICES_MAX);
+    *clusters = known[backend->device];
+    if (*clusters > 0) return STATUS_OK;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = CLUSTER;
@@ -76,6 +82,7 @@ static Status count_clusters(CudaBackend *backend, const void *kernel, int threa
                                            shared_bytes));
     CUDA_TRY(backend, cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
     if (*clusters < 1) FAIL(STATUS_INTERNAL, "no cluster of %d blocks fits on the GPU", CLUSTER);
+    known[backend->device] = *clusters;
     return STATUS_OK;
 }
 
@@ -90,9 +97,9 @@ static unsigned blocks_for(const CudaBackend *backend, int tiles, int k_steps, i
 template <class Product>
 static Status launch_product(CudaBackend *backend, const Product &product) {
     auto kernel = product_kernel<Product>;
-    static int clusters; // that fit on the device, the same on every one of a machine
-    if (clusters == 0)
-        TRY(count_clusters(backend, (const void *)kernel, THREADS, SHARED_BYTES, &clusters));
+    static int known[DEVICES_MAX];
+    int clusters;
+    TRY(count_clusters(backend, (const void *)kernel, THREADS, SHARED_BYTES, known, &clusters));
     kernel<<<blocks_for(backend, product.tiles, product.k_steps, clusters), THREADS, SHARED_BYTES,
              backend->stream>>>(product);
     LAUNCH_TRY(backend);

@@ -74,7 +74,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     logit = warp_sum(logit);
     if (lane != 0) return;
     if (!counts && target != -1) note_bad_id(bad_id, loss.first + row, target);
-    out.reference[row] = counts ? logit * LOG2_E : INFINITY;
+    // Rounded as the product's will be.
+    out.reference[row] = counts ? to_float(from_float<bf16>(logit)) * LOG2_E : INFINITY;
     out.highest[row] = ordered(-INFINITY);
 }
 
@@ -299,11 +300,15 @@ static Status make_product(CudaBackend *backend, const HopperLoss *loss, const L
     return make_map(backend, loss->weight, loss->vocab, loss->hidden, 64, &product->b);
 }
 
+bool hopper_loss_runs(const CudaBackend *backend) {
+    return backend->capability == 90 && backend->base.compute_dtype == DTYPE_BF16;
+}
+
 bool hopper_loss_takes(const CudaBackend *backend, int hidden, int vocab, const void *x,
-                       const void *weight) {
-    const uintptr_t bits = (uintptr_t)x | (uintptr_t)weight;
-    return backend->capability == 90 && backend->base.compute_dtype == DTYPE_BF16 &&
-           hidden % TILE_K == 0 && bits % 16 == 0 && vocab > 0 && vocab < INT32_MAX / 2;
+                       const void *weight, const void *dx) {
+    const uintptr_t bits = (uintptr_t)x | (uintptr_t)weight | (uintptr_t)dx;
+    return hopper_loss_runs(backend) && hidden % TILE_K == 0 && bits % 16 == 0 && vocab > 0 &&
+           vocab < INT32_MAX / 2;
 }
 
 Status hopper_loss(CudaBackend *backend, const HopperLoss *loss) {

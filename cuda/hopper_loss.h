@@ -8,8 +8,10 @@
 // changed, and 1/Z_r moves out of both products of the backward pass:
 //   ∂/∂weight = dᵀ · (x·s/Z),   ∂/∂x = (d · weight)·s/Z.
 // c is the target's own logit. A row whose largest logit is so far above it that e might overflow
-// (a token of more than HOPPER_LOSS_NATS nats) is seen by its sums, and a second product, which
-// otherwise ends at once, repeats the chunk with that row's largest logit as its c.
+// (a token of more than about 41 nats) is seen by its sums, and a second product, which otherwise
+// ends at once, repeats the chunk with that row's largest logit as its c. Logits beyond ±2^15,
+// whose neighbours in bf16 are 128 and more apart, are not covered: c and the product's logit may
+// be rounded to different ones.
 #ifndef CUDA_HOPPER_LOSS_H
 #define CUDA_HOPPER_LOSS_H
 
@@ -21,8 +23,7 @@ extern "C" {
 
 enum {
     HOPPER_LOSS_ROWS_MAX = 8192, // of a chunk: what bounds the scratch memory
-    HOPPER_LOSS_LOG2 = 60,       // e stays below 2^60 times its number of columns
-    HOPPER_LOSS_NATS = 41,       // the same as a loss
+    HOPPER_LOSS_LOG2 = 60,       // the sum of e over a tile's columns stays below 2^60
 };
 
 // A chunk of tokens. Logits are rounded to bf16, as a product that stores them would.
@@ -42,10 +43,12 @@ typedef struct HopperLoss {
 } HopperLoss;
 
 #ifdef D2M_HAVE_HOPPER
-// Whether this backend and these shapes and pointers can use it: bf16, compute capability 9.0, H a
-// multiple of 64, 16-byte aligned rows.
+// Whether the backend can use it: bf16, compute capability 9.0.
+bool hopper_loss_runs(const CudaBackend *backend);
+// Whether these shapes and pointers can, too: H a multiple of 64, 16-byte aligned rows. dx: where
+// hopper_loss_dx() writes, or NULL.
 bool hopper_loss_takes(const CudaBackend *backend, int hidden, int vocab, const void *x,
-                       const void *weight);
+                       const void *weight, const void *dx);
 // Bytes for at most `rows` rows; grows with both.
 size_t hopper_loss_scratch(int64_t rows, int64_t vocab);
 Status hopper_loss(CudaBackend *backend, const HopperLoss *loss) NODISCARD;
@@ -53,7 +56,11 @@ Status hopper_loss(CudaBackend *backend, const HopperLoss *loss) NODISCARD;
 Status hopper_loss_dx(CudaBackend *backend, int64_t rows, int hidden, const float *product,
                       const float *factor, void *dx) NODISCARD;
 #else // a build without code for these chips
-static inline bool hopper_loss_takes(const CudaBackend *, int, int, const void *, const void *) {
+static inline bool hopper_loss_runs(const CudaBackend *) {
+    return false;
+}
+static inline bool hopper_loss_takes(const CudaBackend *, int, int, const void *, const void *,
+                                     const void *) {
     return false;
 }
 static inline size_t hopper_loss_scratch(int64_t, int64_t) {

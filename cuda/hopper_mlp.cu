@@ -8,7 +8,6 @@
 // Rows of an expert's last tile that are the next expert's are computed and dropped.
 #include "cuda/hopper_launch.cuh"
 #include "cuda/hopper_mlp.h"
-#include "cuda/hopper_product.cuh"
 #include "cuda/swiglu.cuh"
 
 typedef struct MlpArgs {

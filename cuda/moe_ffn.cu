@@ -7,8 +7,8 @@
 // output.
 //
 // On a Hopper chip each product runs over all experts at once where that fills the chip
-// (hopper_grouped.h). Elsewhere the experts run beside each other as cuda/grouped.h arranges it;
-// the counts that the host needs for that arrive while the gather, which does not need them, runs.
+// (hopper_grouped.h). Elsewhere the experts run beside each other as cuda/grouped.h arranges it.
+// Both need the counts on the host; they arrive while the gather, which does not need them, runs.
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
 #include "cuda/hopper_grouped.h"

@@ -250,14 +250,25 @@ static void check_rows(Backend *gpu) {
 }
 
 static const Shape shapes[] = {
-    {1, 64, 96, 6, 1, SPREAD_EVEN},      {1, 64, 96, 4, 4, SPREAD_EVEN},
-    {1, 8, 8, 1, 1, SPREAD_ONE},         {5, 33, 17, 3, 2, SPREAD_EVEN},
-    {300, 128, 200, 6, 1, SPREAD_EVEN},  {300, 128, 200, 6, 1, SPREAD_ONE},
-    {300, 128, 200, 6, 2, SPREAD_HALF},  {301, 128, 200, 6, 3, SPREAD_GAPS},
-    {150, 72, 40, 5, 5, SPREAD_EVEN},    {513, 896, 608, 6, 1, SPREAD_EVEN},
-    {700, 256, 264, 6, 2, SPREAD_ONE},   {400, 64, 32, 64, 4, SPREAD_EVEN},
-    {200, 100, 50, 256, 2, SPREAD_GAPS}, {3000, 128, 1544, 6, 1, SPREAD_HALF},
-    {0, 64, 96, 6, 1, SPREAD_EVEN},      {0, 33, 17, 3, 2, SPREAD_EVEN},
+    {1, 64, 96, 6, 1, SPREAD_EVEN},
+    {1, 64, 96, 4, 4, SPREAD_EVEN},
+    {1, 8, 8, 1, 1, SPREAD_ONE},
+    {5, 33, 17, 3, 2, SPREAD_EVEN},
+    {300, 128, 200, 6, 1, SPREAD_EVEN},
+    {300, 128, 200, 6, 1, SPREAD_ONE},
+    {300, 128, 200, 6, 2, SPREAD_HALF},
+    {301, 128, 200, 6, 3, SPREAD_GAPS},
+    {150, 72, 40, 5, 5, SPREAD_EVEN},
+    {513, 896, 608, 6, 1, SPREAD_EVEN},
+    {700, 256, 264, 6, 2, SPREAD_ONE},
+    {400, 64, 32, 64, 4, SPREAD_EVEN},
+    {200, 100, 50, 256, 2, SPREAD_GAPS},
+    {3000, 128, 1544, 6, 1, SPREAD_HALF},
+    {0, 64, 96, 6, 1, SPREAD_EVEN},
+    {0, 33, 17, 3, 2, SPREAD_EVEN},
+    // Many tiles: what fills an H200 is done for all experts at once (hopper_grouped.h).
+    {8192, 896, 2048, 2, 1, SPREAD_EVEN},
+    {8192, 896, 2048, 3, 1, SPREAD_GAPS},
 };
 
 static void check_all(Backend *gpu) {
