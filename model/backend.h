@@ -245,7 +245,7 @@ typedef struct CombineRowsArgs {
 typedef struct LinearCrossEntropyArgs {
     int64_t tokens;
     int hidden_size, vocab_size;
-    int64_t chunk_tokens;   // rows of logits that exist at once; <= 0: backend's choice
+    int64_t chunk_tokens;   // most rows of logits at once; <= 0: backend's choice
     const void *x;          // (T, H)
     const void *weight;     // (V, H)
     const int32_t *targets; // (T), -1 = ignored
