@@ -203,10 +203,6 @@ struct LossProduct {
 
 enum { END_ROWS = 32, END_PARTS = ROW_THREADS / END_ROWS };
 
-typedef struct RowEnd {
-    float z, c;
-} RowEnd;
-
 // The sums of END_ROWS rows, END_PARTS threads each, to the first of them.
 static __device__ __forceinline__ float sum_tiles(const float *sums, int64_t rows, int tiles,
                                                   int64_t row,
