@@ -31,8 +31,6 @@ typedef struct FlashArgs {
     float scale, scale_log2; // 1/√head_dim, and that times log2(e)
 } FlashArgs;
 
-static constexpr float LOG2_E = 1.4426950408889634f;
-
 // --- Pieces of all three kernels ----------------------------------------------------------------
 
 template <int MT, int NT> static __device__ __forceinline__ void clear(float (&c)[MT][NT][4]) {

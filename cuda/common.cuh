@@ -22,6 +22,20 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// From Hopper on a kernel can be launched before the one ahead of it in the stream has ended, where
+// its launch allows that: it then waits for the end and for all that was written.
+// grid_dependents_start() lets it be launched as soon as every block has come there.
+static __device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+static __device__ __forceinline__ void grid_dependents_start() {
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 // 16 bytes of T: 4 floats or 8 bf16. Pointers must be 16-byte aligned.
 template <typename T> struct alignas(16) Vec {
     static constexpr int SIZE = 16 / sizeof(T);
@@ -71,6 +85,8 @@ template <typename T, int W> static __device__ __forceinline__ void forget(Piece
 template <typename T> static inline bool vec_ok(const void *p, int64_t width) {
     return ((uintptr_t)p & 15) == 0 && width % Vec<T>::SIZE == 0;
 }
+
+static constexpr float LOG2_E = 1.4426950408889634f;
 
 // 2^x to about 2 units in the last place; 0 for -inf, NaN for NaN.
 static __device__ __forceinline__ float exp2_fast(float x) {

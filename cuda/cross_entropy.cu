@@ -19,8 +19,7 @@
 // --- One row: loss, and logits to gradient ------------------------------------------------------
 
 enum { ROW_THREADS_MAX = 1024, ROW_GROUP = 4 }; // pieces a thread has in flight
-static const float LOG2_E = 1.4426950408889634f;
-static const float LOWEST = -1e30f; // finite, so that it can be subtracted from itself
+static const float LOWEST = -1e30f;             // finite, so that it can be subtracted from itself
 
 template <typename T> struct LossRows {
     T *logits;             // (C, stride)
@@ -335,8 +334,10 @@ static Status chunk_losses(CudaBackend *backend, const LinearCrossEntropyArgs *a
 
 static Status chunk_weight_gradient(CudaBackend *backend, const LinearCrossEntropyArgs *args,
                                     const Chunk *chunk) {
+    const int32_t all[] = {0, (int32_t)chunk->rows};
     HopperGradient grouped = {};
-    grouped.rows = chunk->rows;
+    grouped.groups = 1;
+    grouped.begin = all;
     grouped.m = args->vocab_size;
     grouped.n = args->hidden_size;
     grouped.left = chunk->logits;

@@ -17,8 +17,9 @@ size_t cuda_ffn_workspace(const CudaBackend *backend, const FfnArgs *args) {
 
 // gate_up and, where it is not NULL, activation.
 static Status first_half(CudaBackend *backend, const FfnArgs *args, void *activation) {
+    const int32_t all[] = {0, (int32_t)args->tokens};
     const HopperMlp mlp = {.groups = 1,
-                           .rows = args->tokens,
+                           .begin = all,
                            .hidden = args->hidden_size,
                            .inner = args->intermediate_size,
                            .weight = args->weight_gate_up,
@@ -59,8 +60,9 @@ Status cuda_ffn_forward(Backend *base, const FfnArgs *args) {
 static Status second_half_backward(CudaBackend *backend, const FfnArgs *args, void *dactivation,
                                    void *dgate_up) {
     void *activation = args->activation ? NULL : dactivation;
+    const int32_t all[] = {0, (int32_t)args->tokens};
     const HopperMlp mlp = {.groups = 1,
-                           .rows = args->tokens,
+                           .begin = all,
                            .hidden = args->hidden_size,
                            .inner = args->intermediate_size,
                            .weight = args->weight_down,

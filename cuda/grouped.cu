@@ -85,8 +85,7 @@ Status counts_finish(CudaBackend *b, const int32_t *expert_begin, int experts, i
     return STATUS_OK;
 }
 
-// Experts by falling row count, the lower index first among equals.
-static void sort_experts(const int32_t *begin, int experts, int *order) {
+void experts_by_rows(const int32_t *begin, int experts, int *order) {
     for (int e = 0; e < experts; e++) {
         const int32_t rows = begin[e + 1] - begin[e];
         int at = e;
@@ -101,7 +100,7 @@ Status experts_run(CudaBackend *b, const int32_t *begin, int experts, ExpertWork
     int order[CUDA_MAX_EXPERTS];
     int64_t load[CUDA_SIDE_STREAMS] = {};
     INVARIANT(experts <= CUDA_MAX_EXPERTS);
-    sort_experts(begin, experts, order);
+    experts_by_rows(begin, experts, order);
     CUDA_TRY(b, cudaEventRecord(b->fork_event, b->stream));
     for (int i = 0; i < experts; i++) {
         const int64_t rows = begin[order[i] + 1] - begin[order[i]];

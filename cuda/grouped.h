@@ -25,7 +25,10 @@ Status counts_start(CudaBackend *backend, const int32_t *expert_begin, int exper
 Status counts_finish(CudaBackend *backend, const int32_t *expert_begin, int experts, int64_t rows,
                      const int32_t **out) NODISCARD;
 
-// Launches all work of one expert on the stream: index `stream_index` of gemm_run().
+// Experts by falling row count, the lower index first among equals.
+void experts_by_rows(const int32_t *begin, int experts, int *order);
+
+// Launches work of one expert on the stream: index `stream_index` of gemm_run().
 typedef Status (*ExpertWork)(const void *context, int expert, cudaStream_t stream,
                              int stream_index);
 // Runs the work of every expert that has rows, between what was launched on the compute stream

@@ -8,6 +8,7 @@
 // Loading and multiplying are those of hopper_product.cuh. Nothing elementwise happens here, so the
 // warpgroups that multiply also store: 32 columns at a time go through shared memory to the copy
 // engine, which stores them, or adds them to fp32 gradients, while the next ones are on their way.
+#include "cuda/grouped.h"
 #include "cuda/hopper_grouped.h"
 #include "cuda/hopper_launch.cuh"
 
@@ -283,23 +284,11 @@ static bool fills(const CudaBackend *backend, int64_t tiles, double useful) {
     return useful >= 0.92 * (double)(rounds * clusters);
 }
 
-static int64_t group_rows(const int32_t *begin, int64_t rows, int g) {
-    return begin ? begin[g + 1] - begin[g] : rows;
-}
-
-static bool chip_takes(const CudaBackend *backend, int groups, int64_t rows, uintptr_t bits) {
+static bool chip_takes(const CudaBackend *backend, int groups, const int32_t *begin,
+                       uintptr_t bits) {
+    const int32_t rows = begin[groups];
     return backend->capability == 90 && backend->base.compute_dtype == DTYPE_BF16 &&
            groups <= HOPPER_GROUPS_MAX && rows > 0 && rows < INT32_MAX / 2 && bits % 16 == 0;
-}
-
-// Groups by falling row count, so that the longest tiles do not come last.
-static void sort_groups(const int32_t *begin, int64_t rows, int groups, int *order) {
-    for (int g = 0; g < groups; g++) {
-        int at = g;
-        for (; at > 0 && group_rows(begin, rows, order[at - 1]) < group_rows(begin, rows, g); at--)
-            order[at] = order[at - 1];
-        order[at] = g;
-    }
 }
 
 // --- Host: launch -------------------------------------------------------------------------------
@@ -358,21 +347,21 @@ static void add_group(GroupedArgs *args, int64_t m, int64_t k) {
 bool hopper_rows_takes(const CudaBackend *backend, const HopperRows *p) {
     const uintptr_t bits = (uintptr_t)p->in | (uintptr_t)p->weight | (uintptr_t)p->out;
     return p->inner % 8 == 0 && p->columns % 8 == 0 &&
-           chip_takes(backend, p->begin ? p->groups : 1, p->rows, bits);
+           chip_takes(backend, p->groups, p->begin, bits);
 }
 
 bool hopper_rows_fills(const CudaBackend *backend, const HopperRows *p) {
     const int columns = best_columns(p->columns);
     int64_t tiles = 0;
-    for (int g = 0; g < (p->begin ? p->groups : 1); g++)
-        tiles += tiles_of(group_rows(p->begin, p->rows, g), p->columns, columns);
-    return fills(backend, tiles, (double)p->rows * p->columns / CLUSTER_ROWS / columns);
+    for (int g = 0; g < p->groups; g++)
+        tiles += tiles_of(p->begin[g + 1] - p->begin[g], p->columns, columns);
+    return fills(backend, tiles, (double)p->begin[p->groups] * p->columns / CLUSTER_ROWS / columns);
 }
 
 // In the product's place `at`: group g.
 static Status map_rows(CudaBackend *backend, const HopperRows *p, int g, int columns, int at,
                        GroupedArgs *args) {
-    const int64_t begin = p->begin ? p->begin[g] : 0, rows = group_rows(p->begin, p->rows, g);
+    const int64_t begin = p->begin[g], rows = p->begin[g + 1] - begin;
     const int64_t k = p->inner, n = p->columns;
     const bf16 *weight = (const bf16 *)p->weight + g * n * k;
     const MapShape out = {(bf16 *)p->out + begin * n, rows, n, 64, PIECE, DTYPE_BF16};
@@ -383,13 +372,13 @@ static Status map_rows(CudaBackend *backend, const HopperRows *p, int g, int col
 }
 
 Status hopper_rows(CudaBackend *backend, const HopperRows *p) {
-    const int columns = best_columns(p->columns), groups = p->begin ? p->groups : 1;
+    const int columns = best_columns(p->columns);
     int order[HOPPER_GROUPS_MAX];
     GroupedArgs args = {};
     args.tiles_n = (int)div_up(p->columns, columns);
-    sort_groups(p->begin, p->rows, groups, order);
-    for (int i = 0; i < groups; i++) {
-        const int64_t rows = group_rows(p->begin, p->rows, order[i]);
+    experts_by_rows(p->begin, p->groups, order); // the longest tiles do not come last
+    for (int i = 0; i < p->groups; i++) {
+        const int64_t rows = p->begin[order[i] + 1] - p->begin[order[i]];
         if (rows == 0) break;
         TRY(map_rows(backend, p, order[i], columns, i, &args));
         add_group(&args, rows, p->inner);
@@ -403,8 +392,7 @@ Status hopper_rows(CudaBackend *backend, const HopperRows *p) {
 bool hopper_gradient_takes(const CudaBackend *backend, const HopperGradient *p) {
     const uintptr_t bits = (uintptr_t)p->left | (uintptr_t)p->right | (uintptr_t)p->grad;
     return p->m % 8 == 0 && p->n % 8 == 0 && p->left_stride % 8 == 0 &&
-           backend->base.grad_dtype == DTYPE_F32 &&
-           chip_takes(backend, p->begin ? p->groups : 1, p->rows, bits);
+           backend->base.grad_dtype == DTYPE_F32 && chip_takes(backend, p->groups, p->begin, bits);
 }
 
 // Whether the tiles' rows are columns of the gradient.
@@ -414,16 +402,16 @@ static bool is_transposed(const HopperGradient *p) {
 
 bool hopper_gradient_fills(const CudaBackend *backend, const HopperGradient *p) {
     const int64_t m = is_transposed(p) ? p->n : p->m, n = is_transposed(p) ? p->m : p->n;
-    const int groups = p->begin ? p->groups : 1, columns = best_columns(n);
+    const int columns = best_columns(n);
     int with_rows = 0;
-    for (int g = 0; g < groups; g++) with_rows += group_rows(p->begin, p->rows, g) > 0;
+    for (int g = 0; g < p->groups; g++) with_rows += p->begin[g + 1] > p->begin[g];
     return fills(backend, with_rows * tiles_of(m, n, columns),
                  (double)with_rows * (double)m * (double)n / CLUSTER_ROWS / columns);
 }
 
 static Status map_gradient(CudaBackend *backend, const HopperGradient *p, int g, int at,
                            GroupedArgs *args) {
-    const int64_t begin = p->begin ? p->begin[g] : 0, rows = group_rows(p->begin, p->rows, g);
+    const int64_t begin = p->begin[g], rows = p->begin[g + 1] - begin;
     const MapShape grad = {p->grad + (int64_t)g * p->m * p->n, p->m, p->n, PIECE, PIECE, DTYPE_F32};
     const MapShape left = {(const bf16 *)p->left + begin * p->left_stride,
                            rows,
@@ -447,14 +435,14 @@ static Status zero_gradient(CudaBackend *backend, const HopperGradient *p, int g
 
 Status hopper_gradient(CudaBackend *backend, const HopperGradient *p) {
     const int64_t m = is_transposed(p) ? p->n : p->m, n = is_transposed(p) ? p->m : p->n;
-    const int columns = best_columns(n), groups = p->begin ? p->groups : 1;
+    const int columns = best_columns(n);
     int order[HOPPER_GROUPS_MAX];
     GroupedArgs args = {};
     args.tiles_n = (int)div_up(n, columns);
     args.add = !p->assign;
-    sort_groups(p->begin, p->rows, groups, order);
-    for (int i = 0; i < groups; i++) {
-        const int64_t rows = group_rows(p->begin, p->rows, order[i]);
+    experts_by_rows(p->begin, p->groups, order); // the longest tiles do not come last
+    for (int i = 0; i < p->groups; i++) {
+        const int64_t rows = p->begin[order[i] + 1] - p->begin[order[i]];
         if (rows == 0 && p->assign) TRY(zero_gradient(backend, p, order[i]));
         if (rows == 0) continue; // all that follow have none either
         TRY(map_gradient(backend, p, order[i], i, &args));

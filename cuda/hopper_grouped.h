@@ -11,8 +11,7 @@ extern "C" {
 // out_g = in_g · weight_g over the rows of each group g.
 typedef struct HopperRows {
     int groups;           // G <= HOPPER_GROUPS_MAX
-    const int32_t *begin; // (G+1) on the host; NULL: one group of all rows
-    int64_t rows;         // R
+    const int32_t *begin; // (G+1) on the host: where each group's rows begin, and R
     int inner, columns;   // K, N
     bool inner_last;      // weight is (G, N, K), else (G, K, N)
     const void *in;       // (R, K)
@@ -24,7 +23,6 @@ typedef struct HopperRows {
 typedef struct HopperGradient {
     int groups;
     const int32_t *begin;
-    int64_t rows;     // R
     int m, n;         // M, N
     const void *left; // (R, M), consecutive rows `left_stride` apart
     int64_t left_stride;

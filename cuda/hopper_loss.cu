@@ -7,7 +7,6 @@
 #include "cuda/hopper_launch.cuh"
 #include "cuda/hopper_loss.h"
 
-static const float LOG2_E = 1.44269504f;
 static const float LN_2 = 0.693147181f;
 
 // Floats as integers of the same order, for atomicMax.
@@ -82,21 +81,6 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 // --- The product ---------------------------------------------------------------------------------
 
 enum { LOSS_BAND = 16 };
-
-// Eight values of each lane, one per row: their sums over the warp, lane l having row l/4's.
-static __device__ __forceinline__ float sum_rows(float (&s)[AHEAD], int lane) {
-#pragma unroll
-    for (int half = AHEAD / 2; half > 0; half /= 2) { // lanes 16, 8 and 4 apart exchange rows
-        const bool upper = lane & 4 * half;
-#pragma unroll
-        for (int j = 0; j < half; j++) {
-            const float given = upper ? s[j] : s[j + half], kept = upper ? s[j + half] : s[j];
-            s[j] = kept + __shfl_xor_sync(0xffffffffu, given, 4 * half);
-        }
-    }
-    s[0] += __shfl_xor_sync(0xffffffffu, s[0], 2);
-    return s[0] + __shfl_xor_sync(0xffffffffu, s[0], 1);
-}
 
 struct LossProduct {
     CUtensorMap a, b;

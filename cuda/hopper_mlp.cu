@@ -106,13 +106,14 @@ static __device__ __forceinline__ float backward_line(const Line &d, float scale
 }
 
 // AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of
-// the rows that follow. `scale`, and what is returned, the gate's gradient: of row `lane`.
+// the rows that follow. `scale`: of row `lane`. Returns the gate's gradient of row `first +
+// lane/4`.
 template <bool SCALED>
 static __device__ __forceinline__ float backward_rows(const MlpArgs &args, const Handover &h,
                                                       int first, float scale, GateUp (&next)[AHEAD],
                                                       const Window &window, int lane) {
     const int inner = args.inner;
-    float dot = 0.0f;
+    float shares[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
         const int row = first + i;
@@ -121,16 +122,14 @@ static __device__ __forceinline__ float backward_rows(const MlpArgs &args, const
         if (first + AHEAD < WARP_ROWS) next[i] = load_gate_up(args, window, row + AHEAD);
         const float s = SCALED ? __shfl_sync(0xffffffffu, scale, row) : 1.0f;
         Line activation;
-        float share = backward_line<SCALED>(take(h, row, lane), s, &line, &activation);
+        shares[i] = backward_line<SCALED>(take(h, row, lane), s, &line, &activation);
         bf16 *to = args.dgate_up + window.wide + (int64_t)2 * row * inner;
         store_line_if(valid, to, line.gate);
         store_line_if(valid, to + inner, line.up);
         store_line_if(valid && args.activation,
                       args.activation + window.narrow + (int64_t)row * inner, activation);
-        if (SCALED) share = warp_sum(share);
-        if (SCALED && lane == row) dot = share;
     }
-    return dot;
+    return SCALED ? sum_rows(shares, lane) : 0.0f;
 }
 
 // --- The product ---------------------------------------------------------------------------------
@@ -175,12 +174,14 @@ template <bool BACKWARD, bool SCALED> struct MlpProduct : MlpArgs {
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) next[i] = load_gate_up(*this, window, i);
             barrier_wait(handover->filled, handover->phase);
-            float dot = 0.0f;
 #pragma unroll 1
-            for (int first = 0; first < WARP_ROWS; first += AHEAD)
-                dot += backward_rows<SCALED>(*this, *handover, first, scale, next, window, lane);
-            if (SCALED && row + lane < tile.row_end)
-                partial[tile.column_tile * rows + row + lane] = dot;
+            for (int first = 0; first < WARP_ROWS; first += AHEAD) {
+                const float share =
+                    backward_rows<SCALED>(*this, *handover, first, scale, next, window, lane);
+                const int64_t at = row + first + lane / 4;
+                if (SCALED && lane % 4 == 0 && at < tile.row_end)
+                    partial[tile.column_tile * rows + at] = share;
+            }
         } else {
             const int column = tile.column_tile * TILE_COLUMNS / 2 + lane % 16 * 8;
             const Window window = window_of(row + lane / 16, tile.row_end, column, inner);
@@ -204,9 +205,8 @@ static __global__ void sum_partials_kernel(int64_t rows, int parts,
 // --- Host ----------------------------------------------------------------------------------------
 
 static void make_groups(const HopperMlp *mlp, MlpArgs *args) {
-    args->groups = mlp->begin ? mlp->groups : 1;
-    args->begin[1] = (int)mlp->rows;
-    for (int g = 0; g <= args->groups && mlp->begin; g++) args->begin[g] = mlp->begin[g];
+    args->groups = mlp->groups;
+    for (int g = 0; g <= args->groups; g++) args->begin[g] = mlp->begin[g];
     for (int g = 0; g < args->groups; g++) {
         const int64_t rows = args->begin[g + 1] - args->begin[g];
         args->tile_begin[g + 1] =
@@ -216,7 +216,6 @@ static void make_groups(const HopperMlp *mlp, MlpArgs *args) {
 }
 
 static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backward, MlpArgs *args) {
-    const int groups = mlp->begin ? mlp->groups : 1;
     args->k_steps = mlp->hidden / TILE_K;
     args->tiles_n = (int)div_up(mlp->inner, backward ? TILE_COLUMNS : TILE_COLUMNS / 2);
     args->inner = mlp->inner;
@@ -227,13 +226,13 @@ static Status make_args(CudaBackend *backend, const HopperMlp *mlp, bool backwar
     args->activation = (bf16 *)mlp->activation;
     args->dgate_up = (bf16 *)mlp->dgate_up;
     args->partial = mlp->partial;
-    args->rows = mlp->rows;
+    args->rows = mlp->begin[mlp->groups];
     make_groups(mlp, args);
-    TRY(make_map(backend, mlp->in, mlp->rows, mlp->hidden, BLOCK_ROWS, &args->a));
+    TRY(make_map(backend, mlp->in, args->rows, mlp->hidden, BLOCK_ROWS, &args->a));
     if (backward)
-        return make_map(backend, mlp->weight, (int64_t)groups * mlp->hidden, mlp->inner, 64,
+        return make_map(backend, mlp->weight, (int64_t)mlp->groups * mlp->hidden, mlp->inner, 64,
                         &args->b);
-    return make_map(backend, mlp->weight, (int64_t)groups * 2 * mlp->inner, mlp->hidden, 64,
+    return make_map(backend, mlp->weight, (int64_t)mlp->groups * 2 * mlp->inner, mlp->hidden, 64,
                     &args->b);
 }
 
@@ -249,7 +248,8 @@ bool hopper_mlp_takes(const CudaBackend *backend, const HopperMlp *mlp) {
                            (uintptr_t)mlp->activation | (uintptr_t)mlp->dgate_up;
     return backend->capability == 90 && backend->base.compute_dtype == DTYPE_BF16 &&
            mlp->hidden % TILE_K == 0 && mlp->inner % 8 == 0 && bits % 16 == 0 &&
-           mlp->groups <= HOPPER_GROUPS_MAX && mlp->rows > 0 && mlp->rows < INT32_MAX / 2;
+           mlp->groups <= HOPPER_GROUPS_MAX && mlp->begin[mlp->groups] > 0 &&
+           mlp->begin[mlp->groups] < INT32_MAX / 2;
 }
 
 int64_t hopper_mlp_partials(int64_t rows, int inner) {
@@ -262,10 +262,10 @@ Status hopper_mlp_forward(CudaBackend *backend, const HopperMlp *mlp) {
 
 Status hopper_mlp_backward(CudaBackend *backend, const HopperMlp *mlp) {
     if (!mlp->scale) return launch<true, false>(backend, mlp);
+    const int64_t rows = mlp->begin[mlp->groups];
     TRY((launch<true, true>(backend, mlp)));
-    sum_partials_kernel<<<(unsigned)div_up(mlp->rows, 256), 256, 0, backend->stream>>>(
-        mlp->rows, (int)div_up(mlp->inner, TILE_COLUMNS), mlp->partial, mlp->scale_index,
-        mlp->dscale);
+    sum_partials_kernel<<<(unsigned)div_up(rows, 256), 256, 0, backend->stream>>>(
+        rows, (int)div_up(mlp->inner, TILE_COLUMNS), mlp->partial, mlp->scale_index, mlp->dscale);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }

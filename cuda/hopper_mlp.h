@@ -10,11 +10,10 @@ extern "C" {
 
 enum { HOPPER_GROUPS_MAX = 16 };
 
-// Rows grouped by expert; the dense MLP is one group.
+// Rows grouped by expert; the dense MLP is one group of all rows.
 typedef struct HopperMlp {
     int groups;           // G
-    const int32_t *begin; // (G+1) on the host; NULL: one group of all rows
-    int64_t rows;         // R
+    const int32_t *begin; // (G+1) on the host: where each group's rows begin, and R
     int hidden, inner;    // H, I
     // The row's factor of the activation: scale[scale_index[r]]; NULL: 1 and no dscale.
     const float *scale;

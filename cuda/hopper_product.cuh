@@ -217,6 +217,22 @@ static __device__ __forceinline__ float2 unpack(uint32_t both) {
     return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
 }
 
+// AHEAD values of each lane, one per row: their sums over the warp, lane l having row l/4's.
+static __device__ __forceinline__ float sum_rows(float (&s)[AHEAD], int lane) {
+    static_assert(AHEAD == 8, "four lanes share a row in the end");
+#pragma unroll
+    for (int half = AHEAD / 2; half > 0; half /= 2) { // lanes 16, 8 and 4 apart exchange rows
+        const bool upper = lane & 4 * half;
+#pragma unroll
+        for (int j = 0; j < half; j++) {
+            const float given = upper ? s[j] : s[j + half], kept = upper ? s[j + half] : s[j];
+            s[j] = kept + __shfl_xor_sync(0xffffffffu, given, 4 * half);
+        }
+    }
+    s[0] += __shfl_xor_sync(0xffffffffu, s[0], 2);
+    return s[0] + __shfl_xor_sync(0xffffffffu, s[0], 1);
+}
+
 // --- Lines of device memory ------------------------------------------------------------------
 
 // A line, or nothing. Predicates, not branches, so that many are in flight.

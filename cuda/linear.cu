@@ -8,8 +8,8 @@
 
 // --- Column sums: grad_bias[c] += Σ_t dout[t, c] -------------------------------------------------
 //
-// First every block sums some rows of 32 pieces of columns to a row of partial sums, then a second
-// kernel sums the partial rows. Both in a fixed order.
+// Every block sums some rows of 32 pieces of columns to a row of partial sums, which
+// add_column_sums() adds up. Both in a fixed order.
 
 enum { SUM_WARPS = 8, SUM_THREADS = 32 * SUM_WARPS, SUM_ROWS_MIN = 64 };
 enum { SUM_COLUMNS = 32 * 8, SUM_BLOCKS_PER_SM = 4 }; // columns: of a block in bf16
@@ -24,7 +24,7 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     const int64_t step = (int64_t)gridDim.y * SUM_WARPS;
     float sums[W] = {};
     if (column < columns) {
-#pragma unroll 4
+#pragma unroll 8
         for (int64_t t = (int64_t)blockIdx.y * SUM_WARPS + warp; t < tokens; t += step) {
             const Piece<T, W> piece = load_piece<T, W>(dout + t * columns + column);
 #pragma unroll
@@ -42,25 +42,6 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     }
 }
 
-enum { ADD_COLUMNS = 32, ADD_ROWS = 32 };
-
-template <typename G>
-static __global__ void __launch_bounds__(ADD_COLUMNS *ADD_ROWS)
-    add_parts_kernel(const float *__restrict__ partial, int parts, int columns,
-                     G *__restrict__ grad) {
-    __shared__ float shared[ADD_ROWS][ADD_COLUMNS + 1];
-    const int lane = threadIdx.x % ADD_COLUMNS, group = threadIdx.x / ADD_COLUMNS;
-    const int column = blockIdx.x * ADD_COLUMNS + lane;
-    float sum = 0.0f;
-    if (column < columns)
-        for (int p = group; p < parts; p += ADD_ROWS) sum += partial[(int64_t)p * columns + column];
-    shared[group][lane] = sum;
-    __syncthreads();
-    if (group != 0 || column >= columns) return;
-    for (int i = 1; i < ADD_ROWS; i++) sum += shared[i][lane];
-    grad[column] = from_float<G>(to_float(grad[column]) + sum);
-}
-
 // Enough parts to fill the device, of at least SUM_ROWS_MIN rows each.
 static int64_t part_count(const CudaBackend *backend, int64_t tokens, int64_t columns) {
     const int64_t across = div_up(columns, SUM_COLUMNS);
@@ -69,7 +50,7 @@ static int64_t part_count(const CudaBackend *backend, int64_t tokens, int64_t co
     return wanted < most ? wanted : most;
 }
 
-static Status add_column_sums(CudaBackend *backend, const LinearArgs *args) {
+static Status add_bias_gradient(CudaBackend *backend, const LinearArgs *args) {
     const int columns = args->out_features;
     const int64_t parts = part_count(backend, args->tokens, columns);
     Scratch scratch = scratch_open(backend);
@@ -84,13 +65,7 @@ static Status add_column_sums(CudaBackend *backend, const LinearArgs *args) {
                                                           columns, partial);
     });
     LAUNCH_TRY(backend);
-    const unsigned blocks = (unsigned)div_up(columns, ADD_COLUMNS);
-    DISPATCH_DTYPE(backend->base.grad_dtype, G, {
-        add_parts_kernel<G><<<blocks, ADD_COLUMNS * ADD_ROWS, 0, backend->stream>>>(
-            partial, (int)parts, columns, (G *)args->grad_bias);
-    });
-    LAUNCH_TRY(backend);
-    return STATUS_OK;
+    return add_column_sums(backend, partial, parts, columns, columns, args->grad_bias);
 }
 
 // --- The op -------------------------------------------------------------------------------------
@@ -120,7 +95,7 @@ Status cuda_linear_backward(Backend *base, const LinearArgs *args) {
     if (args->tokens == 0) return STATUS_OK;
     TRY(gemm_weight_gradient(backend, args->tokens, args->out_features, args->in_features,
                              args->dout, args->x, args->grad_assign, args->grad_weight));
-    if (args->bias) TRY(add_column_sums(backend, args));
+    if (args->bias) TRY(add_bias_gradient(backend, args));
     if (!args->dx) return STATUS_OK;
     Gemm inputs = gemm_of(backend, args->tokens, args->in_features, args->out_features, args->dout,
                           args->weight, args->dx);

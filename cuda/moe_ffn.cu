@@ -6,9 +6,10 @@
 // weighted output; backward has Σ dA·silu(gate)·up as the gate's gradient and needs no expert
 // output.
 //
-// On a Hopper chip each product runs over all experts at once where that fills the chip
-// (hopper_grouped.h). Elsewhere the experts run beside each other as cuda/grouped.h arranges it.
-// Both need the counts on the host; they arrive while the gather, which does not need them, runs.
+// On a Hopper chip each product runs over all experts at once (hopper_mlp.h, and hopper_grouped.h
+// where that fills the chip). Elsewhere each expert goes through all of its products, beside the
+// other experts as cuda/grouped.h arranges it. Both need the counts on the host; they arrive while
+// the gather, which does not need them, runs.
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
 #include "cuda/hopper_grouped.h"
@@ -32,9 +33,6 @@ typedef struct Moe {
     MoeScratch scratch;
     size_t element;       // bytes of a value
     const int32_t *begin; // (N+1) on the host
-    // What is done for all experts at once: the products around SwiGLU; the second product of the
-    // pass, that with down or that to dx; the weights' gradients.
-    bool fused, second_done, down_done, gate_up_done;
 } Moe;
 
 // --- Rows --------------------------------------------------------------------------------------
@@ -126,7 +124,6 @@ static HopperMlp fused_mlp(const Moe *m) {
     HopperMlp mlp = {};
     mlp.groups = args->num_experts;
     mlp.begin = m->begin;
-    mlp.rows = args->tokens * args->top_k;
     mlp.hidden = args->hidden_size;
     mlp.inner = args->intermediate_size;
     mlp.scale = args->routing.gate;
@@ -136,34 +133,34 @@ static HopperMlp fused_mlp(const Moe *m) {
     return mlp;
 }
 
-static Status fused_forward(Moe *m) {
+// gate_up and activation of all rows, if *done.
+static Status fused_forward(const Moe *m, bool *done) {
     HopperMlp mlp = fused_mlp(m);
     mlp.weight = m->args->weight_gate_up;
     mlp.in = m->scratch.x;
     if (!m->args->out) mlp.activation = NULL;
-    m->fused = hopper_mlp_takes(m->b, &mlp);
-    return m->fused ? hopper_mlp_forward(m->b, &mlp) : STATUS_OK;
+    *done = hopper_mlp_takes(m->b, &mlp);
+    return *done ? hopper_mlp_forward(m->b, &mlp) : STATUS_OK;
 }
 
-static Status fused_backward(Moe *m) {
+// dgate_up, activation and dgate, if *done.
+static Status fused_backward(const Moe *m, bool *done) {
     HopperMlp mlp = fused_mlp(m);
     mlp.weight = m->args->weight_down;
     mlp.in = m->scratch.dout;
     mlp.dgate_up = m->scratch.dgate_up;
     mlp.dscale = m->args->dgate;
     mlp.partial = (float *)m->scratch.partial;
-    m->fused = hopper_mlp_takes(m->b, &mlp);
-    return m->fused ? hopper_mlp_backward(m->b, &mlp) : STATUS_OK;
+    *done = hopper_mlp_takes(m->b, &mlp);
+    return *done ? hopper_mlp_backward(m->b, &mlp) : STATUS_OK;
 }
 
-// out (R, N) = in (R, K) · weight of each expert, over all of them if *done.
+// out (R, N) = in (R, K) · weight of each expert, if *done.
 static Status grouped_rows(const Moe *m, const void *in, int inner, const void *weight, int columns,
                            bool inner_last, void *out, bool *done) {
-    const MoeFfnArgs *args = m->args;
     HopperRows p = {};
-    p.groups = args->num_experts;
+    p.groups = m->args->num_experts;
     p.begin = m->begin;
-    p.rows = args->tokens * args->top_k;
     p.inner = inner;
     p.columns = columns;
     p.inner_last = inner_last;
@@ -174,20 +171,18 @@ static Status grouped_rows(const Moe *m, const void *in, int inner, const void *
     return *done ? hopper_rows(m->b, &p) : STATUS_OK;
 }
 
-// grad (M, N) of each expert += leftᵀ · right over its rows, over all of them if *done.
+// grad (M, N) of each expert += leftᵀ · right over its rows, if *done.
 static Status grouped_gradient(const Moe *m, const void *left, int out_rows, const void *right,
                                int columns, void *grad, bool *done) {
-    const MoeFfnArgs *args = m->args;
     HopperGradient p = {};
-    p.groups = args->num_experts;
+    p.groups = m->args->num_experts;
     p.begin = m->begin;
-    p.rows = args->tokens * args->top_k;
     p.m = out_rows;
     p.n = columns;
     p.left = left;
     p.left_stride = out_rows;
     p.right = right;
-    p.assign = args->grad_assign;
+    p.assign = m->args->grad_assign;
     p.grad = (float *)grad;
     *done = hopper_gradient_takes(m->b, &p) && hopper_gradient_fills(m->b, &p);
     return *done ? hopper_gradient(m->b, &p) : STATUS_OK;
@@ -216,9 +211,26 @@ static Swiglu expert_swiglu(const Moe *m, int expert) {
     return s;
 }
 
+static Status over_experts(const Moe *m, ExpertWork work) {
+    return experts_run(m->b, m->begin, m->args->num_experts, work, m);
+}
+
 // --- Forward -----------------------------------------------------------------------------------
 
-static Status gate_up_and_activation(const Moe *m, int e, cudaStream_t stream, int stream_index) {
+static Status down_expert(const void *context, int e, cudaStream_t, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    Gemm down = expert_gemm(m, rows, hidden, inner, row_of(m, m->scratch.activation, begin, inner),
+                            expert_of(args->weight_down, e, hidden, inner, m->element),
+                            row_of(m, m->scratch.rows, begin, hidden));
+    down.transpose_b = true;
+    return gemm_run(m->b, &down, stream_index);
+}
+
+static Status forward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
     const MoeFfnArgs *args = m->args;
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
     const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
@@ -229,37 +241,31 @@ static Status gate_up_and_activation(const Moe *m, int e, cudaStream_t stream, i
     TRY(gemm_run(m->b, &gate_up, stream_index));
     if (!args->out) return STATUS_OK;
     const Swiglu swiglu = expert_swiglu(m, e);
-    return swiglu_forward(m->b, &swiglu, stream);
+    TRY(swiglu_forward(m->b, &swiglu, stream));
+    return down_expert(m, e, stream, stream_index);
 }
 
-static Status forward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
-    const Moe *m = (const Moe *)context;
+static Status down(const Moe *m) {
     const MoeFfnArgs *args = m->args;
-    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
-    if (!m->fused) TRY(gate_up_and_activation(m, e, stream, stream_index));
-    if (!args->out || m->second_done) return STATUS_OK;
-    Gemm down = expert_gemm(m, rows, hidden, inner, row_of(m, m->scratch.activation, begin, inner),
-                            expert_of(args->weight_down, e, hidden, inner, m->element),
-                            row_of(m, m->scratch.rows, begin, hidden));
-    down.transpose_b = true;
-    return gemm_run(m->b, &down, stream_index);
+    bool done;
+    TRY(grouped_rows(m, m->scratch.activation, args->intermediate_size, args->weight_down,
+                     args->hidden_size, true, m->scratch.rows, &done));
+    return done ? STATUS_OK : over_experts(m, down_expert);
 }
 
 Status cuda_moe_ffn_forward(Backend *base, const MoeFfnArgs *args) {
     if (args->tokens == 0) return STATUS_OK;
     Moe m = {};
+    bool fused;
     TRY(moe_open(base, args, false, &m));
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
-    TRY(fused_forward(&m));
-    if (m.fused && !args->out) return STATUS_OK;
-    if (m.fused)
-        TRY(grouped_rows(&m, m.scratch.activation, args->intermediate_size, args->weight_down,
-                         args->hidden_size, true, m.scratch.rows, &m.second_done));
-    if (!m.second_done) TRY(experts_run(m.b, m.begin, args->num_experts, forward_expert, &m));
-    return args->out ? combine(&m, args->out) : STATUS_OK;
+    TRY(fused_forward(&m, &fused));
+    if (!fused) TRY(over_experts(&m, forward_expert));
+    if (!args->out) return STATUS_OK;
+    if (fused) TRY(down(&m));
+    return combine(&m, args->out);
 }
 
 // --- Backward ----------------------------------------------------------------------------------
@@ -278,7 +284,35 @@ static Status weight_gradient(const Moe *m, int e, int stream_index, const void 
     return gemm_run(m->b, &g, stream_index);
 }
 
-static Status dgate_up_and_activation(const Moe *m, int e, cudaStream_t stream, int stream_index) {
+static Status grad_down_expert(const void *context, int e, cudaStream_t, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    return weight_gradient(m, e, stream_index, m->scratch.dout, args->hidden_size,
+                           m->scratch.activation, args->intermediate_size, args->grad_down);
+}
+
+static Status grad_gate_up_expert(const void *context, int e, cudaStream_t, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    return weight_gradient(m, e, stream_index, m->scratch.dgate_up,
+                           2 * (int64_t)args->intermediate_size, m->scratch.x, args->hidden_size,
+                           args->grad_gate_up);
+}
+
+static Status dx_expert(const void *context, int e, cudaStream_t, int stream_index) {
+    const Moe *m = (const Moe *)context;
+    const MoeFfnArgs *args = m->args;
+    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
+    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
+    const Gemm dx =
+        expert_gemm(m, rows, hidden, 2 * inner, row_of(m, m->scratch.dgate_up, begin, 2 * inner),
+                    expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
+                    row_of(m, m->scratch.rows, begin, hidden));
+    return gemm_run(m->b, &dx, stream_index);
+}
+
+static Status backward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
+    const Moe *m = (const Moe *)context;
     const MoeFfnArgs *args = m->args;
     const MoeScratch *scratch = &m->scratch;
     const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
@@ -292,55 +326,45 @@ static Status dgate_up_and_activation(const Moe *m, int e, cudaStream_t stream, 
     swiglu.dactivation = swiglu.activation; // in place
     swiglu.dgate_up = row_of(m, scratch->dgate_up, begin, 2 * inner);
     swiglu.dscale = args->dgate;
-    return swiglu_backward(m->b, &swiglu, stream);
+    TRY(swiglu_backward(m->b, &swiglu, stream));
+    TRY(dx_expert(m, e, stream, stream_index));
+    TRY(grad_down_expert(m, e, stream, stream_index));
+    return grad_gate_up_expert(m, e, stream, stream_index);
 }
 
-static Status backward_expert(const void *context, int e, cudaStream_t stream, int stream_index) {
-    const Moe *m = (const Moe *)context;
-    const MoeFfnArgs *args = m->args;
-    const MoeScratch *scratch = &m->scratch;
-    const int64_t hidden = args->hidden_size, inner = args->intermediate_size;
-    const int64_t begin = m->begin[e], rows = m->begin[e + 1] - begin;
-    if (!m->fused) TRY(dgate_up_and_activation(m, e, stream, stream_index));
-    const Gemm dx =
-        expert_gemm(m, rows, hidden, 2 * inner, row_of(m, scratch->dgate_up, begin, 2 * inner),
-                    expert_of(args->weight_gate_up, e, 2 * inner, hidden, m->element),
-                    row_of(m, scratch->rows, begin, hidden));
-    if (!m->second_done) TRY(gemm_run(m->b, &dx, stream_index));
-    if (!m->down_done)
-        TRY(weight_gradient(m, e, stream_index, scratch->dout, hidden, scratch->activation, inner,
-                            args->grad_down));
-    if (m->gate_up_done) return STATUS_OK;
-    return weight_gradient(m, e, stream_index, scratch->dgate_up, 2 * inner, scratch->x, hidden,
-                           args->grad_gate_up);
-}
-
-static Status grouped_backward(Moe *m) {
-    const MoeFfnArgs *args = m->args;
-    const MoeScratch *scratch = &m->scratch;
-    const int hidden = args->hidden_size, inner = args->intermediate_size;
-    TRY(grouped_rows(m, scratch->dgate_up, 2 * inner, args->weight_gate_up, hidden, false,
-                     scratch->rows, &m->second_done));
-    TRY(grouped_gradient(m, scratch->dout, hidden, scratch->activation, inner, args->grad_down,
-                         &m->down_done));
-    return grouped_gradient(m, scratch->dgate_up, 2 * inner, scratch->x, hidden, args->grad_gate_up,
-                            &m->gate_up_done);
-}
-
-// experts_run() has nothing to do for an expert without rows, whose gradients are zeros then.
-static Status zero_idle_gradients(const Moe *m) {
-    const MoeFfnArgs *args = m->args;
-    const int64_t inner = args->intermediate_size, hidden = args->hidden_size;
-    for (int e = 0; e < args->num_experts; e++) {
-        if (m->begin[e + 1] > m->begin[e]) continue;
-        if (!m->down_done)
-            TRY(weight_gradient(m, e, 0, m->scratch.dout, hidden, m->scratch.activation, inner,
-                                args->grad_down));
-        if (!m->gate_up_done)
-            TRY(weight_gradient(m, e, 0, m->scratch.dgate_up, 2 * inner, m->scratch.x, hidden,
-                                args->grad_gate_up));
-    }
+// over_experts() has nothing to do for an expert without rows, whose gradient is zeros then.
+static Status zero_idle(const Moe *m, ExpertWork gradient) {
+    for (int e = 0; e < m->args->num_experts && m->args->grad_assign; e++)
+        if (m->begin[e + 1] == m->begin[e]) TRY(gradient(m, e, m->b->stream, 0));
     return STATUS_OK;
+}
+
+static Status dx(const Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    bool done;
+    TRY(grouped_rows(m, m->scratch.dgate_up, 2 * args->intermediate_size, args->weight_gate_up,
+                     args->hidden_size, false, m->scratch.rows, &done));
+    return done ? STATUS_OK : over_experts(m, dx_expert);
+}
+
+static Status grad_down(const Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    bool done;
+    TRY(grouped_gradient(m, m->scratch.dout, args->hidden_size, m->scratch.activation,
+                         args->intermediate_size, args->grad_down, &done));
+    if (done) return STATUS_OK;
+    TRY(over_experts(m, grad_down_expert));
+    return zero_idle(m, grad_down_expert);
+}
+
+static Status grad_gate_up(const Moe *m) {
+    const MoeFfnArgs *args = m->args;
+    bool done;
+    TRY(grouped_gradient(m, m->scratch.dgate_up, 2 * args->intermediate_size, m->scratch.x,
+                         args->hidden_size, args->grad_gate_up, &done));
+    if (done) return STATUS_OK;
+    TRY(over_experts(m, grad_gate_up_expert));
+    return zero_idle(m, grad_gate_up_expert);
 }
 
 // Without a token nobody has rows, and nothing is launched.
@@ -353,19 +377,29 @@ static Status zero_all_gradients(CudaBackend *b, const MoeFfnArgs *args) {
     return STATUS_OK;
 }
 
+static Status products_of_each(const Moe *m) {
+    TRY(over_experts(m, backward_expert));
+    TRY(zero_idle(m, grad_down_expert));
+    return zero_idle(m, grad_gate_up_expert);
+}
+
+static Status products_of_all(const Moe *m) {
+    TRY(dx(m));
+    TRY(grad_down(m));
+    return grad_gate_up(m);
+}
+
 Status cuda_moe_ffn_backward(Backend *base, const MoeFfnArgs *args) {
     if (args->tokens == 0)
         return args->grad_assign ? zero_all_gradients(cuda_of(base), args) : STATUS_OK;
     Moe m = {};
+    bool fused;
     TRY(moe_open(base, args, true, &m));
     TRY(counts_start(m.b, args->routing.expert_begin, args->num_experts));
     TRY(gather_tokens(&m, args->dout, m.scratch.dout));
     TRY(gather_tokens(&m, args->x, m.scratch.x));
     TRY(moe_counts(&m));
-    TRY(fused_backward(&m));
-    if (m.fused) TRY(grouped_backward(&m));
-    if (!(m.second_done && m.down_done && m.gate_up_done))
-        TRY(experts_run(m.b, m.begin, args->num_experts, backward_expert, &m));
-    if (args->grad_assign) TRY(zero_idle_gradients(&m));
+    TRY(fused_backward(&m, &fused));
+    TRY(fused ? products_of_all(&m) : products_of_each(&m));
     return combine(&m, args->dx);
 }

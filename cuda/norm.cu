@@ -189,6 +189,7 @@ static __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, W>)
     extern __shared__ float all_sums[];
     float sums[ELEMENTS] = {};
     const int64_t rows = (int64_t)gridDim.x * blockDim.y;
+    grid_dependents_start(); // when all blocks run, so the next kernel takes nobody's place
     for (int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; row < a.tokens; row += rows)
         backward_row<T, W>(a, row, shared, sums);
     float *part = a.parts + (int64_t)blockIdx.x * a.hidden;
@@ -254,14 +255,17 @@ Status cuda_rmsnorm_backward(Backend *base, const RmsNormArgs *args) {
 
 enum { SUM_COLUMNS = 32, SUM_GROUPS = 32 };
 
-// Thread (c, g) of a block adds the rows g, g + SUM_GROUPS, ... of column c; then thread (c, 0)
-// adds the groups.
+// Thread (c, g) of a block adds the rows g, g + SUM_GROUPS, ... of column c; then warp c adds the
+// groups of that column. Starts while the kernel that writes the parts ends, and waits for it.
 template <typename G>
 static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_GROUPS)
     column_sums_kernel(const float *__restrict__ parts, int64_t rows, int64_t stride,
                        int64_t columns, G *__restrict__ grad) {
-    __shared__ float groups[SUM_GROUPS][SUM_COLUMNS];
-    const int64_t column = (int64_t)blockIdx.x * SUM_COLUMNS + threadIdx.x;
+    __shared__ float groups[SUM_GROUPS][SUM_COLUMNS + 1];
+    const int64_t first = (int64_t)blockIdx.x * SUM_COLUMNS, column = first + threadIdx.x;
+    const bool writes = threadIdx.x == 0 && first + threadIdx.y < columns;
+    grid_dependency_wait();
+    const float before = writes ? to_float(grad[first + threadIdx.y]) : 0.0f;
     float sum = 0.0f;
     if (column < columns) {
 #pragma unroll 16
@@ -269,20 +273,25 @@ static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_GROUPS)
     }
     groups[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y > 0 || column >= columns) return;
-    sum = 0.0f;
-    for (int g = 0; g < SUM_GROUPS; g++) sum += groups[g][threadIdx.x];
-    grad[column] = from_float<G>(to_float(grad[column]) + sum);
+    sum = warp_sum(groups[threadIdx.x][threadIdx.y]);
+    if (writes) grad[first + threadIdx.y] = from_float<G>(before + sum);
 }
+static_assert(SUM_COLUMNS == 32 && SUM_GROUPS == 32, "a warp per column, a lane per group");
 
 Status add_column_sums(CudaBackend *backend, const float *parts, int64_t rows, int64_t stride,
                        int64_t columns, void *grad) {
-    const dim3 block(SUM_COLUMNS, SUM_GROUPS);
-    const unsigned blocks = (unsigned)div_up(columns, SUM_COLUMNS);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)div_up(columns, SUM_COLUMNS));
+    config.blockDim = dim3(SUM_COLUMNS, SUM_GROUPS);
+    config.stream = backend->stream;
+    config.attrs = &early;
+    config.numAttrs = backend->capability >= 90 ? 1 : 0;
     DISPATCH_DTYPE(backend->base.grad_dtype, G, {
-        column_sums_kernel<G>
-            <<<blocks, block, 0, backend->stream>>>(parts, rows, stride, columns, (G *)grad);
+        CUDA_TRY(backend, cudaLaunchKernelEx(&config, column_sums_kernel<G>, parts, rows, stride,
+                                             columns, (G *)grad));
     });
-    LAUNCH_TRY(backend);
     return STATUS_OK;
 }

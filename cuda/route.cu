@@ -18,11 +18,12 @@ enum {
     LOGIT_TOKENS = 4,   // per warp; times ROUTE_CHUNK = 32 sums, one per lane in the end
     LOGIT_WIDTH = 1024, // columns of the weight that are staged at once
     TOKEN_BLOCK = 256,  // tokens of one block of choose_kernel and scatter_kernel
+    CHOOSE_THREADS = 1024,
     SCAN_THREADS = 1024,
 };
 
 static_assert(LOGIT_TOKENS * ROUTE_CHUNK == 32, "each lane keeps one logit");
-static_assert(TOKEN_BLOCK % (ROUTE_THREADS / 8) == 0, "every group has the same number of tokens");
+static_assert(TOKEN_BLOCK % (CHOOSE_THREADS / 8) == 0, "groups have the same number of tokens");
 
 // --- Logits ----------------------------------------------------------------------------------
 
@@ -33,15 +34,21 @@ template <int W> static __device__ __forceinline__ int staged_at(int h) {
     return h / (32 * W) * (32 * W) + h % W / 4 * 128 + h % (32 * W) / W * 4 + h % 4;
 }
 
+// A warp stages whole rows.
 template <int W>
 static __device__ __forceinline__ void stage_weight(const float *__restrict__ weight, int hidden,
                                                     int experts, int first, int begin, int width,
                                                     float *staged) {
-    for (int i = threadIdx.x; i < ROUTE_CHUNK * width; i += blockDim.x) {
-        const int e = i / width, h = i % width;
+    constexpr int PART = W < 4 ? W : 4;
+    for (int e = threadIdx.x / 32; e < ROUTE_CHUNK; e += LOGIT_WARPS) {
+        const float *from = weight + (int64_t)(first + e) * hidden + begin;
         const bool inside = first + e < experts;
-        staged[e * LOGIT_WIDTH + staged_at<W>(h)] =
-            inside ? weight[(int64_t)(first + e) * hidden + begin + h] : 0.0f;
+#pragma unroll 8
+        for (int h = (threadIdx.x & 31) * PART; h < width; h += 32 * PART) {
+            Piece<float, PART> piece = {};
+            if (inside) piece = load_piece<float, PART>(from + h);
+            store_piece<float, PART>(staged + e * LOGIT_WIDTH + staged_at<W>(h), piece);
+        }
     }
 }
 
@@ -129,7 +136,8 @@ static __global__ void __launch_bounds__(LOGIT_WARPS * 32, LOGIT_BLOCKS)
 
 template <typename T>
 static void launch_logits(CudaBackend *b, const RouteArgs *args, float *logits) {
-    const bool wide = vec_ok<T>(args->x, args->hidden_size);
+    const uintptr_t bits = (uintptr_t)args->x | (uintptr_t)args->weight;
+    const bool wide = vec_ok<T>((const void *)bits, args->hidden_size);
     auto kernel = wide ? logits_kernel<T, Vec<T>::SIZE> : logits_kernel<T, 1>;
     const int64_t groups = div_up(args->tokens, LOGIT_WARPS * LOGIT_TOKENS);
     const int64_t resident = (int64_t)b->num_sms * LOGIT_BLOCKS;
@@ -237,14 +245,14 @@ static __device__ __forceinline__ void choose_group(const RouteArgs &args, int64
 }
 
 template <int LANES, int PER_LANE>
-static __global__ void __launch_bounds__(ROUTE_THREADS)
+static __global__ void __launch_bounds__(CHOOSE_THREADS)
     choose_kernel(const __grid_constant__ RouteArgs args, const float *__restrict__ logits,
                   int32_t *__restrict__ counts) {
     __shared__ int32_t rows[CUDA_MAX_EXPERTS];
     const int experts = args.num_experts, lane = threadIdx.x % LANES;
-    for (int e = threadIdx.x; e < experts; e += ROUTE_THREADS) rows[e] = 0;
+    for (int e = threadIdx.x; e < experts; e += CHOOSE_THREADS) rows[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x / LANES; i < TOKEN_BLOCK; i += ROUTE_THREADS / LANES) {
+    for (int i = threadIdx.x / LANES; i < TOKEN_BLOCK; i += CHOOSE_THREADS / LANES) {
         const int64_t wanted = (int64_t)blockIdx.x * TOKEN_BLOCK + i;
         const bool valid = wanted < args.tokens;
         const int64_t t = valid ? wanted : args.tokens - 1;
@@ -260,7 +268,7 @@ static __global__ void __launch_bounds__(ROUTE_THREADS)
         choose_group<LANES, PER_LANE>(args, t, valid, p, rows);
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < experts; e += ROUTE_THREADS)
+    for (int e = threadIdx.x; e < experts; e += CHOOSE_THREADS)
         counts[(int64_t)e * gridDim.x + blockIdx.x] = rows[e];
 }
 
@@ -355,7 +363,7 @@ Status cuda_route_forward(Backend *base, const RouteArgs *args) {
     DISPATCH_DTYPE(base->compute_dtype, T, launch_logits<T>(b, args, scratch.logits));
     LAUNCH_TRY(b);
     DISPATCH_GROUP(args->num_experts, LANES, PER_LANE, {
-        choose_kernel<LANES, PER_LANE><<<(unsigned)blocks, ROUTE_THREADS, 0, b->stream>>>(
+        choose_kernel<LANES, PER_LANE><<<(unsigned)blocks, CHOOSE_THREADS, 0, b->stream>>>(
             *args, scratch.logits, scratch.counts);
     });
     LAUNCH_TRY(b);

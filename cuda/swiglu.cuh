@@ -26,7 +26,7 @@ Status swiglu_backward(CudaBackend *backend, const Swiglu *s, cudaStream_t strea
 // number on the way is 0.
 static __device__ __forceinline__ float sigmoid(float g) {
     float power, quotient;
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(-1.4426950408889634f * g));
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(-LOG2_E * g));
     asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(quotient) : "f"(1.0f + power));
     return quotient;
 }

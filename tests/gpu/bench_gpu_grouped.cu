@@ -31,7 +31,6 @@ static void bench_rows(Backend *gpu, const char *name, const int32_t *begin, int
     HopperRows p = {};
     p.groups = EXPERTS;
     p.begin = begin;
-    p.rows = TOKENS;
     p.inner = k;
     p.columns = n;
     p.inner_last = inner_last;
@@ -45,15 +44,15 @@ static void bench_rows(Backend *gpu, const char *name, const int32_t *begin, int
     for (void *memory : {in, weight, out}) gpu->ops->release(gpu, memory);
 }
 
-static void bench_gradient(Backend *gpu, const char *name, const int32_t *begin, int groups,
-                           int64_t rows, int m, int n, bool assign) {
+static void bench_gradient(Backend *gpu, const char *name, const int32_t *begin, int groups, int m,
+                           int n, bool assign) {
+    const int64_t rows = begin[groups];
     void *left = gpu_random_memory(gpu, DTYPE_BF16, rows * m, 1.0f);
     void *right = gpu_random_memory(gpu, DTYPE_BF16, rows * n, 1.0f);
     void *grad = gpu_random_memory(gpu, DTYPE_F32, (int64_t)groups * m * n, 1.0f);
     HopperGradient p = {};
     p.groups = groups;
     p.begin = begin;
-    p.rows = rows;
     p.m = m;
     p.n = n;
     p.left = left;
@@ -74,8 +73,10 @@ static void bench_gradient(Backend *gpu, const char *name, const int32_t *begin,
 int main(void) {
     Backend *gpu = gpu_backend(false);
     int32_t even[EXPERTS + 1] = {0}, half[EXPERTS + 1] = {0};
+    const int32_t chunk[] = {0, CHUNK}, all[] = {0, TOKENS};
     HopperRows any = {};
-    any.rows = 1;
+    any.groups = 1;
+    any.begin = all;
     if (!hopper_rows_takes(cuda_of(gpu), &any)) return 77;
     for (int e = 0; e < EXPERTS; e++) { // not exactly even: routed counts never are
         even[e + 1] = TOKENS * (e + 1) / EXPERTS + (e + 1 < EXPERTS ? (e * 37) % 101 : 0);
@@ -85,14 +86,14 @@ int main(void) {
     bench_rows(gpu, "down, half on one", half, INNER, HIDDEN, true);
     bench_rows(gpu, "d x", even, 2 * INNER, HIDDEN, false);
     bench_rows(gpu, "d x, half on one", half, 2 * INNER, HIDDEN, false);
-    bench_gradient(gpu, "gate_up", even, EXPERTS, TOKENS, 2 * INNER, HIDDEN, true);
-    bench_gradient(gpu, "gate_up, added", even, EXPERTS, TOKENS, 2 * INNER, HIDDEN, false);
-    bench_gradient(gpu, "gate_up, half on one", half, EXPERTS, TOKENS, 2 * INNER, HIDDEN, true);
-    bench_gradient(gpu, "down's gradient", even, EXPERTS, TOKENS, HIDDEN, INNER, true);
-    bench_gradient(gpu, "down's gradient, added", even, EXPERTS, TOKENS, HIDDEN, INNER, false);
-    bench_gradient(gpu, "LM head, chunk", NULL, 1, CHUNK, VOCAB, HIDDEN, false);
-    bench_gradient(gpu, "dense gate_up", NULL, 1, TOKENS, 2 * INNER, HIDDEN, true);
-    bench_gradient(gpu, "dense down", NULL, 1, TOKENS, HIDDEN, INNER, true);
+    bench_gradient(gpu, "gate_up", even, EXPERTS, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "gate_up, added", even, EXPERTS, 2 * INNER, HIDDEN, false);
+    bench_gradient(gpu, "gate_up, half on one", half, EXPERTS, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "down's gradient", even, EXPERTS, HIDDEN, INNER, true);
+    bench_gradient(gpu, "down's gradient, added", even, EXPERTS, HIDDEN, INNER, false);
+    bench_gradient(gpu, "LM head, chunk", chunk, 1, VOCAB, HIDDEN, false);
+    bench_gradient(gpu, "dense gate_up", all, 1, 2 * INNER, HIDDEN, true);
+    bench_gradient(gpu, "dense down", all, 1, HIDDEN, INNER, true);
     backend_destroy(gpu);
     return 0;
 }

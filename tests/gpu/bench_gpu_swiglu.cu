@@ -68,6 +68,7 @@ static Status run_product_backward(Backend *backend, const void *args) {
 
 static void bench_products(Backend *gpu, int64_t rows, int inner) {
     const int hidden[] = {64, 448, 896, 1792}, most = 1792;
+    const int32_t all_rows[] = {0, (int32_t)rows};
     const OpKind none = OP_KIND_COUNT; // no workspace
     Pair in = pair_random(gpu, DTYPE_BF16, rows * most, 1.0f);
     Pair weight = pair_random(gpu, DTYPE_BF16, (int64_t)2 * inner * most, 0.03f);
@@ -77,7 +78,7 @@ static void bench_products(Backend *gpu, int64_t rows, int inner) {
     for (int h : hidden) {
         HopperMlp m = {};
         m.groups = 1;
-        m.rows = rows;
+        m.begin = all_rows;
         m.hidden = h;
         m.inner = inner;
         m.in = in.gpu;

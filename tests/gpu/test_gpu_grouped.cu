@@ -61,7 +61,6 @@ static void check_rows(Backend *gpu, const Case *c, bool inner_last) {
     HopperRows p = {};
     p.groups = c->groups;
     p.begin = c->begin;
-    p.rows = rows;
     p.inner = c->k;
     p.columns = c->n;
     p.inner_last = inner_last;
@@ -110,7 +109,6 @@ static void check_gradient(Backend *gpu, const Case *c) {
     HopperGradient p = {};
     p.groups = c->groups;
     p.begin = c->begin;
-    p.rows = rows;
     p.m = c->k;
     p.n = c->n;
     p.left = left.gpu;
@@ -144,7 +142,8 @@ static void check_stride(Backend *gpu) {
     for (int64_t r = 0; r < rows; r++)
         memcpy(left + r * c.k, padded.cpu + r * stride, (size_t)c.k * sizeof *left);
     HopperGradient p = {};
-    p.rows = rows;
+    p.groups = c.groups;
+    p.begin = c.begin;
     p.m = c.k;
     p.n = c.n;
     p.left = padded.gpu;
@@ -161,8 +160,10 @@ static void check_stride(Backend *gpu) {
 
 int main(void) {
     Backend *gpu = gpu_backend(false);
+    const int32_t one_row[] = {0, 1};
     HopperRows any = {};
-    any.rows = 1;
+    any.groups = 1;
+    any.begin = one_row;
     if (!hopper_rows_takes(cuda_of(gpu), &any)) {
         printf("grouped: this GPU has no such kernels; skipped\n");
         return 77;
