@@ -204,6 +204,27 @@ START_TEST(progress_is_beyond_every_attempt_before) {
 }
 END_TEST
 
+static void stopped_by(const char *signal, int64_t step) {
+    RunDir dir;
+    char message[64];
+    snprintf(message, sizeof message, "stopped by %s", signal);
+    ck_assert_ok(open_run(&dir));
+    ck_assert_ok(rundir_status(&dir, "preempted", step, STATUS_PREEMPTED, message));
+    rundir_close(&dir);
+}
+
+// A scheduler whose warning comes before the first step, every time.
+START_TEST(stops_by_a_scheduler_count_without_progress) {
+    RunDir dir;
+    for (int i = 1; i < 6; i++) stopped_by("SIGUSR1", i);
+    for (int i = 0; i < 2; i++) stopped_by("SIGUSR1", 5);
+    stopped_by("SIGINT", 5); // a person
+    for (int i = 0; i < 3; i++) stopped_by("SIGUSR1", 5);
+    ck_assert_fails(open_run(&dir), STATUS_NO_PROGRESS, "3 attempts");
+    ck_assert_ptr_nonnull(strstr(status_message(), "preempted: stopped by SIGUSR1"));
+}
+END_TEST
+
 START_TEST(asked_for_ends_do_not_count) {
     for (int i = 0; i < 5; i++) attempt("done", 0, STATUS_OK);
     for (int i = 0; i < 5; i++) attempt("preempted", 0, STATUS_PREEMPTED);
@@ -354,6 +375,7 @@ TEST_MAIN("rundir", TEST(opens_records_and_closes), TEST(two_runs_on_one_directo
           TEST(a_killed_holder_is_followed), TEST(a_killed_holders_child_is_waited_for),
           TEST(an_attempt_that_was_killed_is_closed_by_another_process),
           TEST(three_attempts_without_progress), TEST(progress_is_beyond_every_attempt_before),
-          TEST(asked_for_ends_do_not_count), TEST(long_histories_are_cut),
-          TEST(damaged_records_are_counted_anew), TEST(unwritable_directories),
-          TEST(full_disks_are_cannot_write), TEST(file_systems_without_locks))
+          TEST(stops_by_a_scheduler_count_without_progress), TEST(asked_for_ends_do_not_count),
+          TEST(long_histories_are_cut), TEST(damaged_records_are_counted_anew),
+          TEST(unwritable_directories), TEST(full_disks_are_cannot_write),
+          TEST(file_systems_without_locks))

@@ -220,7 +220,15 @@ static bool is_mistake(Status code) {
            code == STATUS_CANNOT_WRITE;
 }
 
-// How many of the newest attempts in a row ended without progress. Ends that were asked for, and
+// Done, or stopped by a person. SIGUSR1 comes from a scheduler, which would send it after every
+// requeue where the time that it gives is too short for a step: without progress that is a loop.
+static bool is_wanted(const char *state, const char *message) {
+    if (!state) return false;
+    if (strcmp(state, "preempted") == 0) return !message || !strstr(message, "SIGUSR1");
+    return strcmp(state, "done") == 0;
+}
+
+// How many of the newest attempts in a row ended without progress. Ends that were wanted, and
 // mistakes that a person is correcting, do not count but end the row.
 static int attempts_without_progress(const json_t *attempts) {
     int64_t best = 0;
@@ -229,9 +237,10 @@ static int attempts_without_progress(const json_t *attempts) {
     json_t *record;
     json_array_foreach(attempts, index, record) {
         const char *state = json_string_value(json_object_get(record, "state"));
+        const char *message = json_string_value(json_object_get(record, "message"));
         int64_t code = int_member(record, "code"), step = int_member(record, "step");
-        bool excused = state && (strcmp(state, "done") == 0 || strcmp(state, "preempted") == 0);
-        excused |= is_mistake((Status)code) || code == STATUS_NO_PROGRESS;
+        bool excused =
+            is_wanted(state, message) || is_mistake((Status)code) || code == STATUS_NO_PROGRESS;
         row = excused || step > best ? 0 : row + 1;
         if (step > best) best = step;
     }
