@@ -13,6 +13,7 @@ every step; only the end (checkpoint, export) is cut off. The peer's side says w
 Needs torch and transformers (for the peer), h5py, numpy and xxhash; no network.
 """
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -171,16 +172,31 @@ def step_times(log):
     return times
 
 
-def kill_session(session):
-    """Ends the trainer and its ranks, which are in process groups of their own: without their
-    parent they would save first, beside the next case."""
+def session_processes(session):
+    """The processes of a session that still run."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
-            if int(fields[3]) == session:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
         except (OSError, IndexError):
             continue  # it has ended
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def kill_session(session):
+    """Ends the trainer and its ranks, which are in process groups of their own: without their
+    parent they would save first, beside the next case. Waits for their end, since until then they
+    have memory that the next case must not take for somebody else's."""
+    deadline = time.monotonic() + 30
+    while processes := session_processes(session):
+        for process in processes:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
 
 
 def run_ours(arguments, name, case, work):
