@@ -25,6 +25,7 @@ static const EmbedShape embed_shapes[] = {
 };
 
 static void check_embed(Backend *gpu, const EmbedShape *s) {
+    if (gpu_skips(100.0 * ((double)s->tokens + s->vocab) * s->hidden)) return;
     const DType dtype = gpu->compute_dtype;
     const int64_t rows = (int64_t)s->tokens * s->hidden, table = (int64_t)s->vocab * s->hidden;
     char text[96];
@@ -110,6 +111,7 @@ static const NormShape norm_shapes[] = {
 };
 
 static void check_norm(Backend *gpu, const NormShape *s) {
+    if (gpu_skips(100.0 * s->tokens * s->hidden)) return;
     const DType dtype = gpu->compute_dtype;
     const double tolerance = gpu_tolerance(dtype);
     const int64_t count = (int64_t)s->tokens * s->hidden;
@@ -243,6 +245,7 @@ static void check_rope_repeats(Backend *gpu, const RopeShape *s, const RopeOpera
 }
 
 static void check_rope(Backend *gpu, const RopeShape *s) {
+    if (gpu_skips(100.0 * s->batch * s->length * s->heads * s->dim)) return;
     const DType dtype = gpu->compute_dtype;
     const double tolerance = gpu_tolerance(dtype);
     const int64_t rows = (int64_t)s->batch * s->length, count = rows * rope_width(s);

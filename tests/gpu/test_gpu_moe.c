@@ -112,6 +112,7 @@ static void check_assigned(const Shape *s, const Operands *o, const char *text) 
 }
 
 static void check_shape(Backend *gpu, const Shape *s) {
+    if (gpu_skips((double)s->tokens * s->k * s->hidden * s->inner * 3)) return;
     static const char *const spreads[] = {"even", "one", "half", "gaps"};
     const double tolerance = gpu_tolerance(gpu->compute_dtype);
     char text[128];
