@@ -16,7 +16,8 @@ typedef struct RunDir {
 // start. A lock held by a living process is STATUS_USAGE naming the holder; a directory that cannot
 // be written is STATUS_CANNOT_WRITE. Appends an attempt to run_status.json; three attempts in a row
 // that made no progress are STATUS_NO_PROGRESS. That refusal ends the row, so whoever has looked
-// into the cause just starts the run again.
+// into the cause just starts the run again. So do an end that a person asked for (not SIGUSR1,
+// which is a scheduler's: "preempted" with that word in its message) and one over a mistake.
 Status rundir_open(RunDir *dir, const char *parent, const char *name) NODISCARD;
 void rundir_close(RunDir *dir);
 // Records how this attempt goes or ended: state "running", "done", "preempted", "failed". `step` is
