@@ -19,6 +19,7 @@ Status status_fail(const char *file, int line, Status code, const char *format, 
     va_end(arguments);
     memcpy(record.message, message, strlen(message) + 1);
     record.trace[0] = '\0';
+    record.told = false;
     return status_trace(file, line, code, "failed here");
 }
 
@@ -64,10 +65,16 @@ Status status_put(const StatusRecord *other) {
 void status_clear(void) {
     record.code = STATUS_OK;
     record.message[0] = record.trace[0] = '\0';
+    record.told = false;
+}
+
+void status_told(void) {
+    record.told = true;
 }
 
 int status_report(Status code, const char *program) {
     if (code == STATUS_OK) return 0;
+    if (record.told && !log_enabled(LOG_DEBUG)) return (int)code;
     log_transient("%s", ""); // the message must not be glued to a progress bar
     // Stopping on request is no error, though its exit code asks the scheduler to start us again.
     const char *kind = code == STATUS_PREEMPTED ? "" : "error: ";

@@ -9,6 +9,8 @@
 #ifndef BASE_STATUS_H
 #define BASE_STATUS_H
 
+#include <stdbool.h>
+
 // The values are the documented process exit codes (docs/troubleshooting.md).
 typedef enum Status {
     STATUS_OK = 0,
@@ -32,6 +34,7 @@ typedef struct StatusRecord {
     Status code;
     char message[STATUS_TEXT_MAX];
     char trace[STATUS_TEXT_MAX]; // "  at file:line: what" per frame; later ones dropped if full
+    bool told;                   // another process says the same
 } StatusRecord;
 
 // Starts a new record for this thread (message from the format) and returns `code`.
@@ -52,7 +55,10 @@ void status_take(StatusRecord *out);
 Status status_put(const StatusRecord *record);
 // Forgets the record: for callers that handled the failure.
 void status_clear(void);
-// Prints "program: error: message" and, at log level debug, the trace; returns the exit code.
+// This thread's failure is that of several processes, and another one reports it.
+void status_told(void);
+// Prints "program: error: message" and, at log level debug, the trace; returns the exit code. What
+// another process says is printed at log level debug only.
 int status_report(Status code, const char *program);
 
 #ifdef __cppcheck__

@@ -106,8 +106,8 @@ static __device__ __forceinline__ float backward_line(const Line &d, float scale
 }
 
 // AHEAD rows from `first` on, one line per lane; `next` are theirs on entry and on exit those of
-// the rows that follow. `scale`: of row `lane`. Returns the gate's gradient of row `first +
-// lane/4`.
+// the rows that follow. `scale`: of row `lane`. Returns the tile's share of the gradient of the
+// gate of row `first + lane/4`.
 template <bool SCALED>
 static __device__ __forceinline__ float backward_rows(const MlpArgs &args, const Handover &h,
                                                       int first, float scale, GateUp (&next)[AHEAD],

@@ -7,9 +7,9 @@
 // output.
 //
 // On a Hopper chip each product runs over all experts at once (hopper_mlp.h, and hopper_grouped.h
-// where that fills the chip). Elsewhere each expert goes through all of its products, beside the
-// other experts as cuda/grouped.h arranges it. Both need the counts on the host; they arrive while
-// the gather, which does not need them, runs.
+// where that fills the chip, else expert by expert). Elsewhere each expert goes through all of its
+// products, beside the other experts as cuda/grouped.h arranges it. Both need the counts on the
+// host; they arrive while the gather, which does not need them, runs.
 #include "cuda/common.cuh"
 #include "cuda/grouped.h"
 #include "cuda/hopper_grouped.h"

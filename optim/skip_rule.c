@@ -44,11 +44,15 @@ SkipReason skip_rule_decide(SkipRule *rule, double loss, double gradient_norm) {
     return SKIP_NONE;
 }
 
+void skip_rule_ask(SkipRule *rule) {
+    rule->skipped++;
+}
+
 bool skip_rule_exhausted(const SkipRule *rule) {
     return rule->in_a_row >= rule->max_in_a_row;
 }
 
 const char *skip_reason_name(SkipReason reason) {
-    static const char *const names[] = {"none", "non-finite", "spike"};
+    static const char *const names[] = {"none", "non-finite", "spike", "asked for"};
     return names[reason];
 }

@@ -20,15 +20,18 @@ typedef struct SkipRule {
     int64_t skipped;                // in the whole run
 } SkipRule;
 
-typedef enum SkipReason { SKIP_NONE, SKIP_NON_FINITE, SKIP_SPIKE } SkipReason;
+typedef enum SkipReason { SKIP_NONE, SKIP_NON_FINITE, SKIP_SPIKE, SKIP_ASKED_FOR } SkipReason;
 
 // Sets the rule and an empty window; the spike rule starts when half the window is filled.
 void skip_rule_init(SkipRule *rule, double sigma, int window, int max_in_a_row);
 // Decides on a step and records the outcome. Only the loss of a kept step enters the window, so a
 // NaN never does.
 SkipReason skip_rule_decide(SkipRule *rule, double loss, double gradient_norm);
+// Records a step that is skipped because somebody said so: it is no sign of a run gone wrong, so it
+// neither lengthens nor ends a row.
+void skip_rule_ask(SkipRule *rule);
 // True when max_in_a_row steps have been skipped one after the other.
 bool skip_rule_exhausted(const SkipRule *rule);
-const char *skip_reason_name(SkipReason reason); // "none", "non-finite", "spike"
+const char *skip_reason_name(SkipReason reason); // as it is told
 
 #endif

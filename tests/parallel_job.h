@@ -65,6 +65,7 @@ __attribute__((unused)) static void run_ok(int world, Job *job) {
 // --- A signal in the middle ----------------------------------------------------------------------
 
 typedef struct Trigger {
+    const char *path;   // in it: only such operations count; NULL: all
     long number, calls; // acts at this operation of the process, counted from 1
     int signal;
     pid_t run;
@@ -73,9 +74,10 @@ typedef struct Trigger {
 __attribute__((unused)) static int on_operation(void *context, IoOp op, const char *path,
                                                 size_t *bytes) {
     Trigger *trigger = context;
-    (void)op, (void)path, (void)bytes;
+    (void)op, (void)bytes;
     if (trigger->run == 0) trigger->run = getpid();
     if (trigger->run != getpid()) return 0; // a process that checks a shard
+    if (trigger->path && !(path && strstr(path, trigger->path))) return 0;
     if (__atomic_add_fetch(&trigger->calls, 1, __ATOMIC_RELAXED) == trigger->number)
         kill(getpid(), trigger->signal);
     return 0;

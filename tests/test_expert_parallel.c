@@ -189,8 +189,10 @@ START_TEST(checkpoints_fit_any_expert_ranks) {
     tiny_prepare();
     Job whole = expert_job("whole", 4, 1), job = expert_job("moves", 4, 2);
     run_ok(4, &whole);
+    int64_t step = 0;
+    char hex[HASH_HEX_SIZE];
     for (int i = 0; i < 6; i++) {
-        Trigger trigger = {.number = 60, .signal = SIGUSR1};
+        Trigger trigger = {.path = "log.jsonl", .number = 8, .signal = SIGUSR1};
         tiny_set(&job.recipe, "parallel.expert=%d", groups[i]);
         job.victim = i < 5 ? 0 : ALL_RANKS;
         job.hook = on_operation;
@@ -199,6 +201,9 @@ START_TEST(checkpoints_fit_any_expert_ranks) {
         ranks_join(worlds[i]);
         for (int r = 0; r < worlds[i]; r++)
             ranks_expect(r, i < 5 ? STATUS_PREEMPTED : STATUS_OK, "");
+        const int64_t before = step;
+        step = tiny_newest("moves", "state.json", hex);
+        ck_assert_int_gt(step, before); // there is something to move
     }
     expect_losses("whole", "moves", "step", 1e-5); // sums in another order
 }

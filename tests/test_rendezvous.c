@@ -211,7 +211,7 @@ static Status speak_other_protocol(const Actor *actor) {
     TRY(connect_to_master(actor, &fd));
     TRY(net_send(fd, "master", &hello, sizeof hello, clock_seconds() + 5));
     Status status = rendezvous_recv_verdict(fd, "master", &verdict, clock_seconds() + 5);
-    EXPECT(status == STATUS_USAGE && strstr(status_message(), "protocol 2 came"), "%s",
+    EXPECT(status == STATUS_USAGE && strstr(status_message(), "protocol 3 came"), "%s",
            status_message());
     return STATUS_OK;
 }

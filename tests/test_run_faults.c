@@ -2,7 +2,9 @@
 // one place. Each ends as documented, with a message that names the cause, or does not end at all.
 #include "tests/tiny_run.h"
 
+#include <errno.h>
 #include <math.h>
+#include <sys/resource.h>
 #include "model/backend.h"
 
 // --- Bad numbers ---------------------------------------------------------------------------------
@@ -91,6 +93,28 @@ START_TEST(bad_steps_are_skipped_counted_and_leave_no_trace) {
 }
 END_TEST
 
+// The same as if the rule had thrown them away, and no sign of a run gone wrong.
+START_TEST(steps_are_skipped_on_request) {
+    tiny_prepare();
+    Recipe recipe = tiny_moe_recipe("asked"), other = tiny_moe_recipe("spoiled");
+    tiny_set(&recipe, "optim.skip_steps=5-6, 7, 900-1000");
+    recipe.optim_max_skipped = 2;
+    expect_exit(&recipe, NULL, STATUS_OK);
+    ck_assert_uint_eq(tiny_count_events("asked", "skip"), 3);
+    spoil.what = SPOIL_GRADIENT;
+    spoil.first = 5;
+    spoil.last = 7;
+    expect_exit(&other, &spoiled, STATUS_OK);
+    expect_same_run("asked", "spoiled");
+    // A run may be continued with other steps to skip, and stops where they lie behind it.
+    Recipe more = tiny_moe_recipe("asked");
+    tiny_set(&more, "optim.skip_steps=%d", TINY_STEPS + 1);
+    tiny_set(&more, "train.steps=%d", TINY_STEPS + 2);
+    expect_exit(&more, NULL, STATUS_OK);
+    ck_assert_uint_eq(tiny_count_events("asked", "skip"), 4);
+}
+END_TEST
+
 START_TEST(too_many_bad_steps_end_the_run_naming_samples) {
     char hex[HASH_HEX_SIZE];
     tiny_prepare();
@@ -135,6 +159,26 @@ START_TEST(training_goes_on_while_the_disk_is_full) {
     expect_exit(&recipe, &run, STATUS_OK);
     ck_assert_uint_eq(tiny_count_events("full", "save_failed"), 3);
     expect_same_run("plain", "full");
+}
+END_TEST
+
+// `ulimit -f`: the model's file is larger, all others of the run are smaller.
+static Status train_with_small_files(const Recipe *recipe, const RunOptions *options) {
+    const struct rlimit limit = {.rlim_cur = 24 << 10, .rlim_max = 24 << 10};
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0)
+        FAIL(STATUS_INTERNAL, "setrlimit: %s", strerror(errno));
+    return run_training(recipe, options);
+}
+
+START_TEST(a_limit_of_file_sizes_is_a_failed_save) {
+    tiny_prepare();
+    Recipe recipe = tiny_moe_recipe("limited");
+    recipe.checkpoint_max_failures = 3;
+    TinyRun run = {.train = train_with_small_files};
+    expect_exit(&recipe, &run, STATUS_IO);
+    expect_message(&recipe, "3 saves in a row failed");
+    expect_message(&recipe, "File too large");
+    ck_assert_uint_eq(tiny_count_events("limited", "save_failed"), 3);
 }
 END_TEST
 
@@ -361,10 +405,10 @@ END_TEST
 
 TEST_MAIN_TIMEOUT(
     "run_faults", 300, TEST(bad_steps_are_skipped_counted_and_leave_no_trace),
-    TEST(too_many_bad_steps_end_the_run_naming_samples),
-    TEST(training_goes_on_while_the_disk_is_full), TEST(saves_that_never_succeed_end_the_run),
-    TEST(a_final_save_that_fails_is_the_runs_failure), TEST(a_full_log_disk_does_not_matter),
-    TEST(what_decides_the_model_or_the_data_may_not_change),
+    TEST(steps_are_skipped_on_request), TEST(too_many_bad_steps_end_the_run_naming_samples),
+    TEST(training_goes_on_while_the_disk_is_full), TEST(a_limit_of_file_sizes_is_a_failed_save),
+    TEST(saves_that_never_succeed_end_the_run), TEST(a_final_save_that_fails_is_the_runs_failure),
+    TEST(a_full_log_disk_does_not_matter), TEST(what_decides_the_model_or_the_data_may_not_change),
     TEST(another_source_model_is_refused_by_its_shape), TEST(moved_data_is_the_same_data),
     TEST(a_broken_checkpoint_costs_its_interval_and_no_more),
     TEST(two_runs_in_one_directory_are_refused), TEST(results_say_where_everything_is),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # scripts/slurm/train.sbatch under a real Slurm: two nodes on this machine, without cgroups. A job
-# that runs through, one that is asked to make room (USR1), one that loses a task, and one that
+# that runs through, ones that are asked to make room (USR1), one that loses a task, and ones that
 # must not be requeued. Usage: test_slurm.sh BIN_FOLDER SOURCE_TREE PYTHON. Exit code 77: skipped.
 set -euo pipefail
 bin=$(realpath "$1") tree=$(realpath "$2") python=$3
@@ -191,7 +191,16 @@ cat >hit <<'END'
 [ "${SLURM_STEP_ID:-}${SLURM_RESTART_COUNT:-0}" != 00 ] || kill -USR1 $$
 exec "$LATE_TRAIN" "$@"
 END
-chmod +x late hit
+# Asked to make room at every start, while rank 0 waits for rank 1.
+cat >hasty <<'END'
+#!/usr/bin/env bash
+case "${SLURM_STEP_ID:-}${SLURM_PROCID:-}" in
+00) (sleep 1; exec kill -USR1 $$) & ;;
+01) sleep 3 ;;
+esac
+exec "$LATE_TRAIN" "$@"
+END
+chmod +x late hit hasty
 export LATE_TRAIN=$TRAIN
 
 echo "[$SECONDS s] asked to make room before the ranks have met: requeued, begun"
@@ -209,6 +218,12 @@ job=$(TRAIN=$work/hit submit hit)
 finish "$job" COMPLETED 0:0
 [ "$(restarts "$job")" -eq 1 ] || fail "job $job had $(restarts "$job") restarts, expected 1"
 grep -q "the run did not begin" hit.log || fail "the first start of job $job began"
+
+echo "[$SECONDS s] asked to make room before the first step of every start: not requeued for ever"
+job=$(TRAIN=$work/hasty submit hasty)
+finish "$job" FAILED 93:0
+[ "$(restarts "$job")" -eq 3 ] || fail "job $job had $(restarts "$job") restarts, expected 3"
+grep -q "3 attempts in a row made no progress" hasty.log || fail "job $job does not say why"
 
 # The controller looks at time limits every 30 s and signals at the last look before the time that
 # was asked for: with 20 s before a minute is up, 10 to 40 s after the start, when there are tasks.

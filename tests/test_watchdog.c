@@ -2,6 +2,7 @@
 #include "tests/ranks.h"
 
 #include <fcntl.h>
+#include "base/log.h"
 #include "train/watchdog.h"
 
 static char log_path[128];
@@ -46,6 +47,37 @@ START_TEST(a_rank_that_hangs_is_ended) {
     ck_assert_int_eq(rank_results_[0].status, STATUS_COMMUNICATION);
     expect_log("rank 0 has made no progress for", true);
     expect_log("step 17, waiting for data, last collective none number 0", true);
+}
+END_TEST
+
+// What is said before the end, and words that never come to an end.
+static void say(void *context, const char *why) {
+    log_error("%s: %s", (const char *)context, why);
+}
+static void say_for_ever(void *context, const char *why) {
+    say(context, why);
+    sleep(60);
+}
+
+static Status hang_with_words(int index, void *context) {
+    Watchdog *w;
+    (void)index;
+    TRY(start(NULL, 0.5, &w));
+    watchdog_last_words(w, context, (char *)"last words");
+    sleep(60);
+    return STATUS_OK;
+}
+
+START_TEST(last_words_are_said_but_not_waited_for) {
+    const WatchdogWords words[] = {say, say_for_ever};
+    for (int i = 0; i < 2; i++) {
+        new_log();
+        processes_start(1, hang_with_words, words[i]);
+        ranks_join(1);
+        ck_assert_int_eq(rank_results_[0].status, STATUS_COMMUNICATION);
+        ck_assert_double_lt(rank_results_[0].seconds, 8); // 0.5, as long for the rank, 3
+        expect_log("last words: rank 0 has made no progress for", true);
+    }
 }
 END_TEST
 
@@ -197,5 +229,5 @@ START_TEST(a_lost_peer_is_not_waited_for) {
 END_TEST
 
 TEST_MAIN("watchdog", TEST(a_rank_that_hangs_is_ended), TEST(a_rank_that_works_is_left_alone),
-          TEST(others_are_let_go), TEST(collectives_are_progress),
-          TEST(a_lost_peer_is_not_waited_for))
+          TEST(last_words_are_said_but_not_waited_for), TEST(others_are_let_go),
+          TEST(collectives_are_progress), TEST(a_lost_peer_is_not_waited_for))

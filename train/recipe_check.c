@@ -47,7 +47,9 @@ static Status check_training(const Recipe *r) {
 }
 
 static Status check_optimizer(const Recipe *r) {
+    StepRanges skipped;
     bool decays = r->optim_schedule != SCHEDULE_CONSTANT;
+    TRY(parse_step_ranges("optim.skip_steps", r->optim_skip_steps, &skipped));
     if (decays && r->optim_min_lr > r->optim_lr)
         FAIL(STATUS_USAGE,
              "optim.min_lr = %g is above optim.lr = %g; the rate falls from lr to "

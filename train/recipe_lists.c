@@ -1,6 +1,7 @@
-// data.train and train.recompute: comma-separated lists inside one value.
+// data.train, train.recompute, optim.skip_steps: comma-separated lists inside one value.
 #include "train/recipe_lists.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,4 +83,42 @@ Status parse_recompute(const char *text, Recompute *out) {
     if ((none || out->layer) && items > 1)
         FAIL(STATUS_USAGE, "train.recompute = %s: none and layer stand alone", text);
     return STATUS_OK;
+}
+
+// A step number; moves *text behind it.
+static bool read_step(const char **text, int64_t *out) {
+    char *end;
+    errno = 0;
+    if (**text < '0' || **text > '9') return false; // strtoll takes spaces and signs
+    *out = strtoll(*text, &end, 10);
+    *text = end;
+    return errno == 0 && *out > 0;
+}
+
+Status parse_step_ranges(const char *key, const char *text, StepRanges *out) {
+    char item[LIST_ITEM_MAX];
+    out->count = 0;
+    if (!text[0]) return STATUS_OK;
+    for (const char *list = text; next_item(&list, item);) {
+        if (out->count == STEP_RANGES_MAX)
+            FAIL(STATUS_USAGE, "%s: more than %d ranges of steps", key, STEP_RANGES_MAX);
+        StepRange *range = &out->range[out->count++];
+        const char *at = item;
+        bool good = read_step(&at, &range->first);
+        range->last = range->first;
+        if (good && *at == '-') {
+            at++;
+            good = read_step(&at, &range->last);
+        }
+        if (!good || *at || range->last < range->first)
+            FAIL(STATUS_USAGE, "%s = %s: '%s' is no step (from 1 on) and no range like 300-320",
+                 key, text, item);
+    }
+    return STATUS_OK;
+}
+
+bool step_ranges_have(const StepRanges *ranges, int64_t step) {
+    for (int i = 0; i < ranges->count; i++)
+        if (step >= ranges->range[i].first && step <= ranges->range[i].last) return true;
+    return false;
 }

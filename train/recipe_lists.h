@@ -1,4 +1,5 @@
-// Settings whose text is a small language of its own: data.train and train.recompute.
+// Settings whose text is a small language of its own: data.train, train.recompute and
+// optim.skip_steps.
 #ifndef TRAIN_RECIPE_LISTS_H
 #define TRAIN_RECIPE_LISTS_H
 
@@ -12,5 +13,17 @@ Status parse_sources(const char *key, const char *text, DataConfig *out) NODISCA
 
 // "none", "layer", or a list of swiglu and norms.
 Status parse_recompute(const char *text, Recompute *out) NODISCARD;
+
+// "120, 300-320": the steps of each range, counted from 1. "": none.
+enum { STEP_RANGES_MAX = 64 };
+typedef struct StepRange {
+    int64_t first, last;
+} StepRange;
+typedef struct StepRanges {
+    int count;
+    StepRange range[STEP_RANGES_MAX];
+} StepRanges;
+Status parse_step_ranges(const char *key, const char *text, StepRanges *out) NODISCARD;
+bool step_ranges_have(const StepRanges *ranges, int64_t step);
 
 #endif

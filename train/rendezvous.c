@@ -68,8 +68,10 @@ Status rendezvous_recv_verdict(int fd, const char *peer, Verdict *verdict, doubl
              "%s: something answers there, but it is no rendezvous of this version of the program",
              peer);
     rendezvous_clean_text(verdict->text, sizeof verdict->text);
-    if (verdict->code != STATUS_OK) FAIL((Status)verdict->code, "%s", verdict->text);
-    return STATUS_OK;
+    if (verdict->code == STATUS_OK) return STATUS_OK;
+    status = status_fail(__FILE__, __LINE__, (Status)verdict->code, "%s", verdict->text);
+    if (verdict->shared) status_told();
+    return status;
 }
 
 static void clean_hello(Hello *hello) {
@@ -310,10 +312,12 @@ static void tell_everyone(Host *host, Status code) {
     Verdict verdict;
     rendezvous_make_verdict(&verdict, code, code == STATUS_OK ? "" : status_message());
     memcpy(verdict.nonce, r->nonce, sizeof verdict.nonce);
+    verdict.shared = code != STATUS_OK;
     StatusRecord record;
     status_take(&record);
     for (int rank = 1; rank < r->world; rank++)
         if (r->star[rank] >= 0) tell(r->star[rank], r->places[rank].name, &verdict);
+    verdict.shared = 0; // perhaps of another job, whose logs nobody compares with ours
     for (int i = 0; i < host->num_misfits; i++) {
         tell(host->misfits[i], "a misfit", &verdict);
         net_close(host->misfits[i]);

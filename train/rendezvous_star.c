@@ -60,6 +60,7 @@ static Status tell_all(Rendezvous *r, Status status, const void *data, size_t by
     Verdict verdict;
     StatusRecord record;
     rendezvous_make_verdict(&verdict, status, status == STATUS_OK ? "" : status_message());
+    verdict.shared = status != STATUS_OK;
     status_take(&record);
     for (int rank = 1; rank < r->world; rank++) {
         char name[NET_NAME_MAX + 32];

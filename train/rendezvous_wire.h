@@ -18,7 +18,7 @@
 #define MESH_MAGIC    "d2m-mesh"
 
 enum {
-    PROTOCOL = 1,
+    PROTOCOL = 2,
     NONCE_BYTES = 16,
     HOST_TEXT = 64,
     RECIPE_TEXT = 12288, // longer recipes are compared by their hashes alone
@@ -41,7 +41,8 @@ typedef struct Hello {
 typedef struct Verdict {
     char magic[RECEPTION_MAGIC];
     uint32_t protocol;
-    int32_t code; // a Status
+    int32_t code;   // a Status
+    int32_t shared; // rank 0 fails, too, and reports it
     char text[VERDICT_TEXT];
     char nonce[NONCE_BYTES];
 } Verdict;

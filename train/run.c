@@ -104,7 +104,9 @@ static Status watch_steps(Trainer *t) {
         watchdog_allow(t->watchdog, hang_limit(t));
         return STATUS_OK;
     }
-    return watchdog_start(t->team.rank, hang_limit(t), t->team.communicator, &t->watchdog);
+    TRY(watchdog_start(t->team.rank, hang_limit(t), t->team.communicator, &t->watchdog));
+    record_watch(t);
+    return STATUS_OK;
 }
 
 // Its thread starts when nothing forks any more.
@@ -208,6 +210,7 @@ static Status run_attempt(Backend *backend, const Recipe *recipe, const RunOptio
     TRY_GOTO(open_directory(t), done);
     status = record_begin(t);
     if (status == STATUS_OK) status = train(t);
+    status = watchdog_place(t->watchdog, status);
     watchdog_stop(t->watchdog);
     status = gpu_events_explain(t->gpu_events, status);
     gpu_events_stop(t->gpu_events);

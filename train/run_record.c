@@ -1,9 +1,9 @@
 // What run_status.json says of this attempt: bookkeeping for schedulers, on which training does not
 // depend.
 //
-// A process that leaves at once on a second request does not come back to where its end is written
-// down. It may hang, which is why somebody asks twice; so another thread does that
-// (train/stop_signal.h), one at a time with the run's own.
+// A process that leaves at once on a second request, or because it hangs, does not come back to
+// where its end is written down; so another thread does that (train/stop_signal.h,
+// train/watchdog.h), one at a time with the run's own.
 #include "train/trainer.h"
 
 #include <pthread.h>
@@ -33,8 +33,20 @@ static void say_last_words(void *context, const char *signal) {
     write_record(t, "preempted", STATUS_PREEMPTED, message);
 }
 
+// The same of a rank 0 that hangs, from the watchdog.
+static void say_that_it_hangs(void *context, const char *why) {
+    Trainer *t = context;
+    pthread_mutex_lock(&writing);
+    if (!has_ended) write_record(t, "failed", STATUS_COMMUNICATION, why);
+}
+
+void record_watch(Trainer *t) {
+    if (t->team.rank == 0) watchdog_last_words(t->watchdog, say_that_it_hangs, t);
+}
+
 Status record_begin(Trainer *t) {
     has_ended = false;
+    record_watch(t);
     return t->team.rank == 0 ? stop_signal_last_words(say_last_words, t) : STATUS_OK;
 }
 

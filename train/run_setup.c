@@ -35,6 +35,7 @@ static Status open_state(Trainer *t) {
     TRY(run_state_create(&t->config, &t->state));
     skip_rule_init(&t->state.skip, r->optim_spike_sigma, (int)r->optim_spike_window,
                    (int)r->optim_max_skipped);
+    TRY(parse_step_ranges("optim.skip_steps", r->optim_skip_steps, &t->skip_steps));
     if (t->resume_state) TRY(run_state_from_json(t->resume_state, t->resume_path, &t->state));
     strcpy(t->state.origin, t->origin);
     t->schedule = (Schedule){.kind = (ScheduleKind)r->optim_schedule,

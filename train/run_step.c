@@ -163,7 +163,7 @@ static Status skip(Trainer *t, const StepBatch *batch, SkipReason reason,
              skip_reason_name(reason), losses->total, losses->norm, first, last, rule->in_a_row);
     if (t->team.rank == 0) log_warn("step %" PRId64 " skipped, %s", step, text);
     report_event(t->report, step, "skip", text);
-    if (!skip_rule_exhausted(rule)) return STATUS_OK;
+    if (reason == SKIP_ASKED_FOR || !skip_rule_exhausted(rule)) return STATUS_OK;
     uint64_t row = (uint64_t)(rule->in_a_row - 1) * (uint64_t)samples;
     FAIL(STATUS_NUMERICS,
          "steps %" PRId64 " to %" PRId64 " were all skipped (optim.max_skipped = %d in a row), "
@@ -188,6 +188,10 @@ static void range(Trainer *t, const char *name) {
 
 static Status update(Trainer *t, const StepBatch *batch, StepLosses *losses) {
     TRY(measure(t, losses));
+    if (step_ranges_have(&t->skip_steps, t->state.step + 1)) {
+        skip_rule_ask(&t->state.skip);
+        return skip(t, batch, SKIP_ASKED_FOR, losses);
+    }
     SkipReason reason = skip_rule_decide(&t->state.skip, losses->total, losses->norm);
     return reason == SKIP_NONE ? keep(t, losses) : skip(t, batch, reason, losses);
 }

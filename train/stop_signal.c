@@ -28,7 +28,7 @@ static const int64_t ECHO_NS = STOP_ECHO_SECONDS * INT64_C(1000000000);
 static int installed;                  // pairs of install and restore that are open
 static volatile sig_atomic_t received; // the first signal; 0 = none
 static volatile sig_atomic_t insisted; // the second one
-static struct sigaction before[NUM_SIGNALS], pipe_before;
+static struct sigaction before[NUM_SIGNALS], pipe_before, size_before;
 static bool has_parent;     // of train/supervisor.h
 static bool speaks;         // says that it has heard
 static int64_t received_ns; // when the newest that counts came
@@ -105,9 +105,11 @@ void stop_signal_install(bool says) {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigfillset(&action.sa_mask); // one at a time
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &action, &before[i]);
-    // Whoever reads the output may go: a parent that was killed, `tee`.
+    // Whoever reads the output may go (a parent that was killed, `tee`), and a file may reach the
+    // limit of `ulimit -f`: writing fails then, which is seen to where it is done.
     action = (struct sigaction){.sa_handler = SIG_IGN};
     sigaction(SIGPIPE, &action, &pipe_before);
+    sigaction(SIGXFSZ, &action, &size_before);
     mask_requests(SIG_UNBLOCK);
 }
 
@@ -115,6 +117,7 @@ void stop_signal_restore(void) {
     if (--installed > 0) return;
     for (int i = 0; i < NUM_SIGNALS; i++) sigaction(signals[i], &before[i], NULL);
     sigaction(SIGPIPE, &pipe_before, NULL);
+    sigaction(SIGXFSZ, &size_before, NULL);
 }
 
 bool stop_requested(void) {

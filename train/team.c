@@ -138,6 +138,7 @@ Status team_agree(const Team *team, Status status) {
         if (agreed == STATUS_OK) {
             if (status != STATUS_OK) (void)status_put(&record);
             agreed = fail_together(team, outcomes);
+            if (team->rank > 0) status_told(); // by rank 0
         }
     }
     free(outcomes);

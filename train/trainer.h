@@ -24,6 +24,7 @@
 #include "train/checkpoint.h"
 #include "train/gpu_events.h"
 #include "train/profile.h"
+#include "train/recipe_lists.h"
 #include "train/report.h"
 #include "train/run.h"
 #include "train/run_state.h"
@@ -69,6 +70,7 @@ typedef struct Trainer {
     CheckpointWriter *writer;
     Report *report; // NULL on ranks other than 0
     Schedule schedule;
+    StepRanges skip_steps;
     int64_t total_steps;
     RunIdentity identity; // points into this struct
 
@@ -146,6 +148,7 @@ Status save_finally(Trainer *t) NODISCARD;
 
 // run_record.c: rank 0's; nothing on others.
 Status record_begin(Trainer *t) NODISCARD; // once the directory is open
+void record_watch(Trainer *t);             // there is a watchdog that may end the process
 void record_progress(Trainer *t);          // saved_step has moved
 // How the attempt ended. The failure itself is what the caller reports.
 void record_end(Trainer *t, Status code);

@@ -5,15 +5,18 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
 #include "base/clock.h"
 #include "base/log.h"
 
-enum { LOOKS_PER_LIMIT = 10, LEAVE_SECONDS = 10, LOOK_SECONDS_MAX = 1 };
+enum { LOOKS_PER_LIMIT = 10, LEAVE_SECONDS = 10, LOOK_SECONDS_MAX = 1, LAST_WORDS_SECONDS = 3 };
 
 struct Watchdog {
     int rank;
@@ -27,6 +30,10 @@ struct Watchdog {
     atomic_llong beat_ns; // of the latest beat
     atomic_llong step;
     _Atomic(const char *) phase;
+    WatchdogWords say; // or NULL
+    void *context;     // of it
+    char why[512];     // the rank ends
+    sem_t said;
 };
 
 // Waits for so long, or until the watchdog is stopped: then true.
@@ -44,11 +51,34 @@ static bool rest(Watchdog *w, double seconds) {
     return stopped;
 }
 
+static void *say_last_words(void *context) {
+    Watchdog *w = context;
+    w->say(w->context, w->why);
+    sem_post(&w->said);
+    return NULL;
+}
+
+// What hangs may be what the words are written to, so another thread says them.
+static void last_words(Watchdog *w) {
+    pthread_t thread;
+    struct timespec until;
+    if (!w->say || pthread_create(&thread, NULL, say_last_words, w) != 0) return;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += LAST_WORDS_SECONDS;
+    while (sem_timedwait(&w->said, &until) != 0 && errno == EINTR) continue;
+}
+
 // Gives the rank some seconds to help itself.
-static void leave(Watchdog *w) {
+__attribute__((format(printf, 2, 3))) static void leave(Watchdog *w, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(w->why, sizeof w->why, format, arguments);
+    va_end(arguments);
+    log_error("%s", w->why);
     if (w->communicator) w->communicator->ops->abort(w->communicator);
     double limit = atomic_load(&w->limit);
     if (rest(w, limit < LEAVE_SECONDS ? limit : LEAVE_SECONDS)) return;
+    last_words(w);
     _exit(STATUS_COMMUNICATION);
 }
 
@@ -56,11 +86,11 @@ static void end_rank(Watchdog *w, double idle) {
     CommTicket ticket = 0;
     const char *last =
         w->communicator ? w->communicator->ops->last(w->communicator, &ticket) : "none";
-    log_error("rank %d has made no progress for %.0f s: step %lld, %s, last collective %s number "
-              "%" PRId64 "; it hangs, so this rank ends (exit code %d)",
-              w->rank, idle, (long long)atomic_load(&w->step), atomic_load(&w->phase), last, ticket,
-              STATUS_COMMUNICATION);
-    leave(w);
+    leave(w,
+          "rank %d has made no progress for %.0f s: step %lld, %s, last collective %s number "
+          "%" PRId64 "; it hangs, so this rank ends (exit code %d)",
+          w->rank, idle, (long long)atomic_load(&w->step), atomic_load(&w->phase), last, ticket,
+          STATUS_COMMUNICATION);
 }
 
 // Whether a rank is gone that this one may be waiting for.
@@ -68,9 +98,12 @@ static bool peer_is_lost(Watchdog *w) {
     Communicator *c = w->communicator;
     const char *name = c && c->ops->lost ? c->ops->lost(c) : NULL;
     if (!name || atomic_load(&w->alone)) return false;
-    log_error("%s is lost: its connection is closed; this is rank %d, step %lld, %s", name, w->rank,
-              (long long)atomic_load(&w->step), atomic_load(&w->phase));
-    leave(w);
+    CommTicket ticket = 0;
+    const char *last = c->ops->last(c, &ticket);
+    leave(w,
+          "%s is lost: its connection is closed; this is rank %d, step %lld, %s, last "
+          "collective %s number %" PRId64,
+          name, w->rank, (long long)atomic_load(&w->step), atomic_load(&w->phase), last, ticket);
     return true;
 }
 
@@ -105,6 +138,7 @@ Status watchdog_start(int rank, double seconds, Communicator *communicator, Watc
     atomic_store(&w->limit, seconds);
     watchdog_beat(w, 0, "start");
     pthread_mutex_init(&w->mutex, NULL);
+    sem_init(&w->said, 0, 0);
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&w->changed, &attributes);
@@ -134,6 +168,20 @@ void watchdog_allow(Watchdog *w, double seconds) {
     atomic_store(&w->limit, seconds);
 }
 
+void watchdog_last_words(Watchdog *w, WatchdogWords say, void *context) {
+    if (!w) return;
+    pthread_mutex_lock(&w->mutex); // for the other thread to see both
+    w->context = context;
+    w->say = say;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+Status watchdog_place(Watchdog *w, Status status) {
+    if (!w || status != STATUS_COMMUNICATION) return status;
+    return status_prefix(status, "step %lld, %s: ", (long long)atomic_load(&w->step),
+                         atomic_load(&w->phase));
+}
+
 void watchdog_alone(Watchdog *w) {
     if (w) atomic_store(&w->alone, true);
 }
@@ -147,5 +195,6 @@ void watchdog_stop(Watchdog *w) {
     pthread_join(w->thread, NULL);
     pthread_cond_destroy(&w->changed);
     pthread_mutex_destroy(&w->mutex);
+    sem_destroy(&w->said);
     free(w);
 }

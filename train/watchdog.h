@@ -22,6 +22,11 @@ Status watchdog_start(int rank, double seconds, Communicator *communicator,
 // NULL is nothing.
 void watchdog_beat(Watchdog *watchdog, int64_t step, const char *phase);
 void watchdog_allow(Watchdog *watchdog, double seconds); // the limit from now on
+// What to write down before the process is ended, from a thread of its own that has a few seconds.
+typedef void (*WatchdogWords)(void *context, const char *why);
+void watchdog_last_words(Watchdog *watchdog, WatchdogWords say, void *context);
+// Puts step and phase in front of what STATUS_COMMUNICATION says.
+Status watchdog_place(Watchdog *watchdog, Status status);
 void watchdog_alone(Watchdog *watchdog); // other ranks are needed no more, and may leave
 void watchdog_stop(Watchdog *watchdog);  // NULL is nothing
 

@@ -105,6 +105,7 @@ static Status agree(const World *world, const char *what, Status status) {
     if (failed) {
         status_put(&record);
         agreed = fail_for_all(world, all);
+        if (world->launch->rank > 0) status_told(); // by rank 0
     }
     free(all);
     return agreed;
