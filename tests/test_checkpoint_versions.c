@@ -55,20 +55,6 @@ static void make_source(const char *data) {
     expect_exit(&fused, NULL, STATUS_OK);
 }
 
-static void copy_directory(const char *from, const char *to) {
-    char **names, source[IO_PATH_MAX], target[IO_PATH_MAX];
-    size_t count;
-    ck_assert_ok(io_make_directories(to));
-    ck_assert_ok(io_list_directory(from, &names, &count));
-    for (size_t i = 0; i < count; i++) {
-        if (names[i][0] == '.') continue; // notes of a run that has verified shards
-        ck_assert_ok(io_path(source, "%s/%s", from, names[i]));
-        ck_assert_ok(io_path(target, "%s/%s", to, names[i]));
-        ck_assert_ok(io_copy_file(source, target));
-    }
-    io_free_names(names, count);
-}
-
 static void use_runs(void) {
     setenv("DENSE2MOE_LOG", "error", 1);
     snprintf(tiny_runs_, sizeof tiny_runs_, "%s/runs", test_directory());
@@ -94,7 +80,7 @@ static const char *make_fixture(void) {
     run_ok(2, &job);
     ck_assert_ok(checkpoint_path(tiny_run_path("saved", "checkpoints"), SAVED_STEP, source));
     ck_assert_ok(io_path(to, "%s/step_%08d", made, SAVED_STEP));
-    copy_directory(source, to);
+    tiny_copy_directory(source, to);
     return made;
 }
 
@@ -234,7 +220,7 @@ START_TEST(a_fixture_of_this_version_is_made) {
     for (int i = 0; i < 3; i++) {
         ck_assert_ok(io_path(from, "%s/%s", made, parts[i]));
         ck_assert_ok(io_path(to, "%s/%s", keep, parts[i]));
-        copy_directory(from, to);
+        tiny_copy_directory(from, to);
     }
     print_content(&content);
     printf("losses: %.9g, %.9g\n", losses[0], losses[1]);
@@ -294,7 +280,7 @@ static const char *copied_data(void) {
     for (int i = 0; i < 2; i++) {
         ck_assert_ok(io_path(from, "%s/%s", fixture_directory, parts[i]));
         ck_assert_ok(io_path(to, "%s/%s", copy, parts[i]));
-        copy_directory(from, to);
+        tiny_copy_directory(from, to);
     }
     return copy;
 }
@@ -334,7 +320,7 @@ static void make_newer(const char *directory, const char *file) {
     uint64_t bytes;
     Manifest manifest;
     json_t *root;
-    copy_directory(fixture_checkpoint, directory);
+    tiny_copy_directory(fixture_checkpoint, directory);
     ck_assert_ok(io_path(path, "%s/%s", directory, file));
     ck_assert_ok(json_read_file(path, 1 << 20, &root));
     ck_assert_int_eq(json_object_set_new(root, "version", json_integer(2)), 0);
