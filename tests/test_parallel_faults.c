@@ -424,6 +424,56 @@ START_TEST(other_shards_on_one_rank_are_refused_by_all) {
 }
 END_TEST
 
+START_TEST(a_spoiled_shard_ends_all_ranks_or_is_left_out_by_all) {
+    char spoiled[160], rest[160];
+    tiny_prepare();
+    tiny_copy_shards("spoiled", spoiled);
+    tiny_spoil_shard(spoiled, "shard-00001.h5");
+    tiny_copy_shards("rest", rest);
+    tiny_forget_shard(rest);
+    Job job = job_of(tiny_moe_recipe("spoiled")), plain = job_of(tiny_moe_recipe("rest"));
+    tiny_set(&job.recipe, "data.train=%s", spoiled);
+    tiny_set(&plain.recipe, "data.train=%s", rest);
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_BAD_DATA, "spoiled/shard-00001.h5");
+    tiny_set(&job.recipe, "data.on_bad_shard=skip_shard");
+    job.victim = 0;
+    job.train = tiny_train_warning;
+    run_ok(2, &job);
+    tiny_expect_warning("spoiled", "spoiled: 1 of 2 shards left out");
+    run_ok(2, &plain);
+    expect_same_run_of(2, "rest", "spoiled");
+}
+END_TEST
+
+// The node of one rank has shards of its own.
+static char copied_shards[160];
+static Status train_on_copied_shards(const Recipe *recipe, const RunOptions *options) {
+    Recipe other = *recipe;
+    tiny_set(&other, "data.train=%s", copied_shards);
+    return run_training(&other, options);
+}
+
+// A rank that left out what the others have would be at other samples than they.
+START_TEST(a_shard_that_only_one_rank_leaves_out_ends_all) {
+    tiny_prepare();
+    tiny_copy_shards("copy", copied_shards);
+    Job job = job_of(tiny_dense_recipe("copy"));
+    tiny_set(&job.recipe, "data.on_bad_shard=skip_shard");
+    job.victim = 1;
+    job.train = train_on_copied_shards;
+    run_ok(2, &job);
+    tiny_spoil_shard(copied_shards, "shard-00001.h5");
+    for (job.victim = 0; job.victim < 2; job.victim++) {
+        tiny_set(&job.recipe, "run.name=copy%d", job.victim);
+        ranks_start(2, &comm_options, run_rank, &job);
+        ranks_join(2);
+        for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_BAD_DATA, "rank 1: data.train");
+    }
+}
+END_TEST
+
 START_TEST(what_only_one_rank_finds_wrong_ends_all) {
     char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
     tiny_prepare();
@@ -459,4 +509,6 @@ TEST_MAIN_TIMEOUT(
     TEST(a_profile_shows_what_goes_between_ranks),
     TEST(batches_that_do_not_divide_are_refused_by_all),
     TEST(other_shards_on_one_rank_are_refused_by_all),
+    TEST(a_spoiled_shard_ends_all_ranks_or_is_left_out_by_all),
+    TEST(a_shard_that_only_one_rank_leaves_out_ends_all),
     TEST(what_only_one_rank_finds_wrong_ends_all))

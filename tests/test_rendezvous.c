@@ -253,6 +253,112 @@ START_TEST(strangers_change_nothing) {
 }
 END_TEST
 
+static Status speak_at_mesh(const Place *place, const void *words, size_t bytes, int *fd) {
+    TRY(net_connect("a mesh port", place->host, place->port, clock_seconds() + 10, fd));
+    return net_send(*fd, "a mesh port", words, bytes, clock_seconds() + 5);
+}
+
+// Whoever does not belong to a mesh is sent away, without a word.
+static Status expect_sent_away(const Place *place, const void *words, size_t bytes) {
+    int fd;
+    char byte;
+    TRY(speak_at_mesh(place, words, bytes, &fd));
+    Status status = net_recv(fd, "a mesh port", &byte, 1, clock_seconds() + 4);
+    EXPECT(status == STATUS_COMMUNICATION, "%d", status);
+    EXPECT(!strstr(status_message(), "deadline"), "%s", status_message());
+    status_clear();
+    net_close(fd);
+    return STATUS_OK;
+}
+
+// All that may be wrong with a greeting, one thing at a time. At rank 0 the place of rank 1 is
+// taken.
+static Status say_wrong_things(const Rendezvous *r, int to) {
+    static const char request[] = "GET / HTTP/1.1\r\nHost: mesh\r\nAccept: */*\r\n\r\n";
+    const Place *place = &r->places[to];
+    MeshHello good = {.magic = MESH_MAGIC, .from = 2, .to = to};
+    memcpy(good.nonce, r->nonce, sizeof good.nonce);
+    TRY(expect_sent_away(place, request, sizeof request - 1));
+    for (int i = 0; i < NONCE_BYTES; i++) { // every byte counts
+        MeshHello stale = good;
+        stale.nonce[i] ^= 1;
+        TRY(expect_sent_away(place, &stale, sizeof stale));
+    }
+    const struct {
+        int32_t from, to;
+    } ways[] = {{2, 1 - to}, {2, 2},        {2, -1},         {to, to}, {3, to},
+                {-1, to},    {1 << 30, to}, {INT32_MIN, to}, {1, to},  {0, to}};
+    for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        MeshHello lost = good;
+        lost.from = ways[i].from;
+        lost.to = ways[i].to;
+        TRY(expect_sent_away(place, &lost, sizeof lost));
+    }
+    int silent[2]; // and these two stay
+    TRY(speak_at_mesh(place, &good, sizeof good / 2, &silent[0]));
+    return speak_at_mesh(place, NULL, 0, &silent[1]);
+}
+
+// Joins like a guest, by hand, to learn what only ranks are told: ports of the mesh, and the nonce.
+static Status join_by_hand(const Actor *actor, Rendezvous *r) {
+    const RendezvousOptions *o = &actor->options;
+    Hello hello = {.magic = HELLO_MAGIC,
+                   .protocol = PROTOCOL,
+                   .rank = o->rank,
+                   .world = o->world,
+                   .pid = (int32_t)getpid(),
+                   .host = "by-hand"};
+    Verdict verdict;
+    double deadline = clock_seconds() + 10;
+    strcpy(hello.job, o->job);
+    strcpy(hello.recipe, o->recipe);
+    strcpy(hello.build, o->build);
+    TRY(rendezvous_mesh_listen(r, &hello.mesh_port));
+    TRY(connect_to_master(actor, &r->star[0]));
+    TRY(net_send(r->star[0], "master", &hello, sizeof hello, deadline));
+    TRY(rendezvous_recv_verdict(r->star[0], "master", &verdict, deadline));
+    memcpy(r->nonce, verdict.nonce, sizeof r->nonce);
+    TRY(net_recv(r->star[0], "master", r->places, (size_t)o->world * sizeof *r->places, deadline));
+    for (int rank = 0; rank < o->world; rank++) strcpy(r->places[rank].host, "127.0.0.1");
+    return STATUS_OK;
+}
+
+// Rank 2, for which the others wait, and before that a crowd of strangers.
+static Status bring_strangers(const Actor *actor) {
+    Rendezvous *r = calloc(1, sizeof *r);
+    EXPECT(r, "memory");
+    *r = (Rendezvous){.rank = actor->options.rank,
+                      .world = actor->options.world,
+                      .timeout_seconds = actor->options.timeout_seconds,
+                      .places = calloc(RANKS_MAX, sizeof *r->places),
+                      .star = calloc(RANKS_MAX, sizeof *r->star),
+                      .mesh_listener = -1};
+    EXPECT(r->places && r->star, "memory");
+    strcpy(r->master_host, "127.0.0.1");
+    for (int rank = 0; rank < RANKS_MAX; rank++) r->star[rank] = -1;
+    TRY(join_by_hand(actor, r));
+    // Rank 1 answers once it has gone to rank 0.
+    TRY(say_wrong_things(r, 1));
+    TRY(say_wrong_things(r, 0));
+    TRY(rendezvous_mesh_connect(r, clock_seconds() + 10));
+    Status status = sum_over_mesh(r, actor);
+    rendezvous_close(r);
+    return status;
+}
+
+START_TEST(strangers_at_the_mesh_are_sent_away) {
+    cast(3, 20);
+    for (int i = 0; i < 3; i++) {
+        actors[i].options.mesh = true;
+        actors[i].act = sum_over_mesh;
+    }
+    actors[2].instead = bring_strangers;
+    play();
+    expect_all_ok(3);
+    ck_assert_double_lt(rank_results_[0].seconds, 4); // the silent ones were not waited for
+}
+END_TEST
+
 START_TEST(ranks_of_an_earlier_start_are_refused) {
     cast(2, 20);
     actors[1].delay_ms = 800;
@@ -462,8 +568,8 @@ END_TEST
 
 TEST_MAIN("rendezvous", TEST(ranks_meet_and_talk), TEST(whoever_is_first_waits),
           TEST(a_rank_that_dies_waiting_may_come_again), TEST(strangers_change_nothing),
-          TEST(ranks_of_an_earlier_start_are_refused), TEST(another_service_is_recognised),
-          TEST(missing_ranks_are_named_to_all_in_time),
+          TEST(strangers_at_the_mesh_are_sent_away), TEST(ranks_of_an_earlier_start_are_refused),
+          TEST(another_service_is_recognised), TEST(missing_ranks_are_named_to_all_in_time),
           TEST(a_refused_rank_is_mentioned_when_one_is_missing),
           TEST(a_taken_port_is_a_clear_message), TEST(an_unreachable_master_is_a_clear_message),
           TEST(ranks_that_differ_are_named_to_all), TEST(differences_of_recipes),

@@ -313,6 +313,69 @@ START_TEST(moved_data_is_the_same_data) {
 }
 END_TEST
 
+// --- Spoiled shards ------------------------------------------------------------------------------
+
+START_TEST(a_spoiled_shard_ends_the_run_or_is_left_out) {
+    static const TinyRun warning = {.train = tiny_train_warning};
+    char bad[160], rest[160], hex[2][HASH_HEX_SIZE];
+    const char *optimizer = "optimizer-00000-of-00001.safetensors";
+    tiny_prepare();
+    tiny_copy_shards("spoiled", bad);
+    tiny_spoil_shard(bad, "shard-00001.h5");
+    tiny_copy_shards("rest", rest);
+    tiny_forget_shard(rest);
+    // A constant rate, so that stopping at step 20 and going on is the same as 40 at once.
+    Recipe recipe = tiny_moe_recipe("spoiled"), plain = tiny_moe_recipe("rest");
+    tiny_set(&recipe, "optim.schedule=constant");
+    tiny_set(&recipe, "data.train=%s", bad);
+    tiny_set(&plain, "optim.schedule=constant");
+    tiny_set(&plain, "data.train=%s", rest);
+    expect_exit(&recipe, NULL, STATUS_BAD_DATA);
+    expect_message(&recipe, "spoiled/shard-00001.h5: its XXH3-128 is");
+    ck_assert(!io_exists(tiny_run_path("spoiled", "log.jsonl"))); // it did not begin
+    // Left out, it is as if it had never been there: for calibration, order and epochs.
+    tiny_set(&recipe, "data.on_bad_shard=skip_shard");
+    recipe.train_steps = 20;
+    expect_exit(&recipe, &warning, STATUS_OK);
+    tiny_expect_warning("spoiled", "spoiled/shard-00001.h5: its XXH3-128 is");
+    tiny_expect_warning("spoiled", "spoiled: 1 of 2 shards left out");
+    recipe.train_steps = TINY_STEPS;
+    expect_exit(&recipe, NULL, STATUS_OK); // the next attempt leaves out the same
+    expect_exit(&plain, NULL, STATUS_OK);
+    ck_assert_int_eq(tiny_newest("spoiled", optimizer, hex[0]), TINY_STEPS);
+    ck_assert_int_eq(tiny_newest("rest", optimizer, hex[1]), TINY_STEPS);
+    ck_assert_str_eq(hex[0], hex[1]);
+    // None is left.
+    tiny_spoil_shard(bad, "shard-00000.h5");
+    Recipe none = tiny_moe_recipe("none");
+    tiny_set(&none, "data.train=%s", bad);
+    tiny_set(&none, "data.on_bad_shard=skip_shard");
+    expect_exit(&none, NULL, STATUS_BAD_DATA);
+    expect_message(&none, "all 2 shards are bad");
+}
+END_TEST
+
+// Leaving it out would change what the rest of the run sees, and in which order.
+START_TEST(a_shard_that_spoils_between_attempts_ends_the_run) {
+    char directory[160], hex[HASH_HEX_SIZE];
+    tiny_prepare();
+    tiny_copy_shards("spoils", directory);
+    Recipe recipe = tiny_moe_recipe("spoils");
+    tiny_set(&recipe, "data.train=%s", directory);
+    tiny_set(&recipe, "data.on_bad_shard=skip_shard");
+    recipe.train_steps = 20;
+    expect_exit(&recipe, NULL, STATUS_OK);
+    tiny_spoil_shard(directory, "shard-00001.h5");
+    recipe.train_steps = TINY_STEPS;
+    expect_exit(&recipe, NULL, STATUS_RECIPE_MISMATCH);
+    expect_message(&recipe, "data.train (fingerprint of the shards' content)");
+    tiny_set(&recipe, "data.on_bad_shard=abort");
+    expect_exit(&recipe, NULL, STATUS_BAD_DATA);
+    expect_message(&recipe, "spoils/shard-00001.h5");
+    ck_assert_int_eq(tiny_newest("spoils", "state.json", hex), 20);
+}
+END_TEST
+
 // --- Broken checkpoints --------------------------------------------------------------------------
 
 static void spoil_newest(const char *name, int64_t step) {
@@ -410,6 +473,8 @@ TEST_MAIN_TIMEOUT(
     TEST(saves_that_never_succeed_end_the_run), TEST(a_final_save_that_fails_is_the_runs_failure),
     TEST(a_full_log_disk_does_not_matter), TEST(what_decides_the_model_or_the_data_may_not_change),
     TEST(another_source_model_is_refused_by_its_shape), TEST(moved_data_is_the_same_data),
+    TEST(a_spoiled_shard_ends_the_run_or_is_left_out),
+    TEST(a_shard_that_spoils_between_attempts_ends_the_run),
     TEST(a_broken_checkpoint_costs_its_interval_and_no_more),
     TEST(two_runs_in_one_directory_are_refused), TEST(results_say_where_everything_is),
     TEST(missing_inputs_are_found_before_anything_is_made))

@@ -165,6 +165,84 @@ __attribute__((unused)) static void tiny_prepare(void) {
     expect_exit(&seed, NULL, STATUS_OK);
 }
 
+// --- Files ---------------------------------------------------------------------------------------
+
+// The files of a directory.
+__attribute__((unused)) static void tiny_copy_directory(const char *from, const char *to) {
+    char **names, source[IO_PATH_MAX], target[IO_PATH_MAX];
+    size_t count;
+    ck_assert_ok(io_make_directories(to));
+    ck_assert_ok(io_list_directory(from, &names, &count));
+    for (size_t i = 0; i < count; i++) {
+        if (names[i][0] == '.') continue; // notes of a run that has verified shards
+        ck_assert_ok(io_path(source, "%s/%s", from, names[i]));
+        ck_assert_ok(io_path(target, "%s/%s", to, names[i]));
+        ck_assert_ok(io_copy_file(source, target));
+    }
+    io_free_names(names, count);
+}
+
+// Another directory with the training shards, to the byte: train.<name>.
+__attribute__((unused)) static void tiny_copy_shards(const char *name, char directory[160]) {
+    snprintf(directory, 160, "%.120s.%s", tiny_train_, name);
+    tiny_copy_directory(tiny_train_, directory);
+}
+
+// Two bits in the middle of a shard's tokens. All ids stay within the vocabulary: only the hash of
+// the file can tell.
+__attribute__((unused)) static void tiny_spoil_shard(const char *directory, const char *shard) {
+    char path[IO_PATH_MAX];
+    uint64_t bytes;
+    ck_assert_ok(io_path(path, "%s/%s", directory, shard));
+    ck_assert_ok(io_file_size(path, &bytes));
+    FILE *file = fopen(path, "r+b");
+    ck_assert_ptr_nonnull(file);
+    for (long at = (long)bytes / 2 & ~1L, i = 0; i < 2; i++, at += 2) {
+        ck_assert_int_eq(fseek(file, at, SEEK_SET), 0);
+        int low = fgetc(file); // of a token
+        ck_assert_int_eq(fseek(file, at, SEEK_SET), 0);
+        ck_assert_int_eq(fputc(low ^ 1, file), low ^ 1);
+    }
+    ck_assert_int_eq(fclose(file), 0);
+}
+
+// A manifest that has never heard of the last of two shards.
+__attribute__((unused)) static void tiny_forget_shard(const char *directory) {
+    static const char *const totals[] = {"tokens", "documents"};
+    char path[IO_PATH_MAX];
+    json_t *root, *shards;
+    ck_assert_ok(io_path(path, "%s/shards.json", directory));
+    ck_assert_ok(json_read_file(path, 1 << 20, &root));
+    ck_assert_ok(json_get_array(root, path, "shards", &shards));
+    ck_assert_uint_eq(json_array_size(shards), 2);
+    ck_assert_int_eq(json_array_remove(shards, 1), 0);
+    for (int i = 0; i < 2; i++)
+        json_object_set(root, totals[i], json_object_get(json_array_get(shards, 0), totals[i]));
+    ck_assert_ok(json_write_file(path, root));
+    json_decref(root);
+}
+
+// For TinyRun.train: warnings go to <run>.warnings.
+__attribute__((unused)) static Status tiny_train_warning(const Recipe *recipe,
+                                                         const RunOptions *options) {
+    char path[IO_PATH_MAX];
+    TRY(io_path(path, "%s/%s.warnings", tiny_runs_, recipe->run_name));
+    setenv("DENSE2MOE_LOG", "warn", 1);
+    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (file < 0 || dup2(file, STDERR_FILENO) < 0) FAIL(STATUS_IO, "%s: cannot be written", path);
+    close(file);
+    return run_training(recipe, options);
+}
+
+__attribute__((unused)) static void tiny_expect_warning(const char *name, const char *text) {
+    char path[IO_PATH_MAX], *warnings;
+    size_t bytes;
+    ck_assert_ok(io_path(path, "%s/%s.warnings", tiny_runs_, name));
+    ck_assert_ok(io_read_file(path, 1 << 20, &warnings, &bytes));
+    ck_assert_msg(strstr(warnings, text) != NULL, "'%s' lacks '%s'", warnings, text);
+    free(warnings);
+}
+
 // --- What a run has left -------------------------------------------------------------------------
 
 // Records of log.jsonl of one kind ("step", "eval", "event"; NULL = all), without what depends on
