@@ -357,6 +357,13 @@ START_TEST(a_newer_version_is_refused) {
             expect_message(&job.recipe, text);
         }
         ck_assert(io_exists(path));
+        // Nor does it go on from an older one, which would end in writing over this one.
+        char older[IO_PATH_MAX];
+        snprintf(older, sizeof older, "%s", tiny_run_path(name, "checkpoints/step_00000004"));
+        tiny_copy_directory(fixture_checkpoint, older);
+        TinyRun run = {.options = {.resume = RESUME_AUTO}};
+        expect_exit(&job.recipe, &run, STATUS_BAD_DATA);
+        expect_message(&job.recipe, "is newer than this program's 1");
     }
 }
 END_TEST

@@ -341,6 +341,7 @@ START_TEST(a_spoiled_shard_ends_the_run_or_is_left_out) {
     tiny_expect_warning("spoiled", "spoiled: 1 of 2 shards left out");
     recipe.train_steps = TINY_STEPS;
     expect_exit(&recipe, NULL, STATUS_OK); // the next attempt leaves out the same
+    ck_assert_uint_eq(tiny_count_events("spoiled", "skipped_shards"), 2);
     expect_exit(&plain, NULL, STATUS_OK);
     ck_assert_int_eq(tiny_newest("spoiled", optimizer, hex[0]), TINY_STEPS);
     ck_assert_int_eq(tiny_newest("rest", optimizer, hex[1]), TINY_STEPS);

@@ -72,6 +72,12 @@ Status checkpoint_find(const char *directory, int64_t *step, char path[IO_PATH_M
     for (i = 0; i < count; i++) {
         TRY_GOTO(checkpoint_path(directory, steps[i], path), done);
         if (checkpoint_verify(path) == STATUS_OK) break;
+        // It is not broken: going on from an older one would end in writing over it.
+        if (manifest_is_newer(path))
+            FAIL_GOTO(done, STATUS_BAD_DATA,
+                      "%s; a later version of this program saved it: use that one, or name an "
+                      "older checkpoint with --resume DIR",
+                      status_message());
         if (!first_reason[0]) snprintf(first_reason, sizeof first_reason, "%s", status_message());
         log_warn("checkpoint of step %" PRId64 " is broken and will not be used: %s", steps[i],
                  status_message());

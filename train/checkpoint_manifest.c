@@ -143,3 +143,19 @@ Status manifest_read(const char *directory, Manifest *out) {
     json_decref(root);
     return status;
 }
+
+bool manifest_is_newer(const char *directory) {
+    char path[IO_PATH_MAX];
+    json_t *root;
+    int64_t version = 0;
+    StatusRecord record;
+    status_take(&record);
+    Status status = io_path(path, "%s/" MANIFEST_NAME, directory);
+    if (status == STATUS_OK) status = json_read_file(path, MANIFEST_MAX_BYTES, &root);
+    if (status == STATUS_OK) {
+        status = json_get_int(root, path, "version", 1, INT64_MAX, &version);
+        json_decref(root);
+    }
+    (void)status_put(&record);
+    return status == STATUS_OK && version > MANIFEST_VERSION;
+}

@@ -4,6 +4,7 @@
 #ifndef TRAIN_CHECKPOINT_MANIFEST_H
 #define TRAIN_CHECKPOINT_MANIFEST_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include "base/hash.h"
 #include "base/json.h"
@@ -31,6 +32,9 @@ Status manifest_write(const Manifest *manifest, const char *directory) NODISCARD
 // number of ranks. `name` is for messages. The fuzz target's entry.
 Status manifest_from_json(const json_t *root, const char *name, Manifest *out) NODISCARD;
 Status manifest_read(const char *directory, Manifest *out) NODISCARD;
+// Whether there is one of a later version of the format than this program knows. Leaves this
+// thread's record of a failure alone.
+bool manifest_is_newer(const char *directory);
 void manifest_free(Manifest *manifest);
 
 #endif

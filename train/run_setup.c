@@ -3,6 +3,7 @@
 #include "train/trainer.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -132,8 +133,13 @@ static Status open_outputs(Trainer *t) {
     TRY(resume_set_aside(t));
     if (!t->profile) TRY(checkpoint_check_space(&options, &t->model->table, saves_to_come(t)));
     TRY(write_resolved_recipe(t));
-    return report_open(t->dir.path, &t->config, t->resume_step, t->recipe->report_tensorboard,
-                       &t->report);
+    TRY(report_open(t->dir.path, &t->config, t->resume_step, t->recipe->report_tensorboard,
+                    &t->report));
+    const int skipped = loader_skipped_shards(t->loader);
+    char text[64];
+    snprintf(text, sizeof text, "%d left out, because of data.on_bad_shard", skipped);
+    if (skipped > 0) report_event(t->report, t->state.step, "skipped_shards", text);
+    return STATUS_OK;
 }
 
 static void say_what_starts(const Trainer *t) {
