@@ -31,6 +31,13 @@ if(D2M_CUDA_FOUND)
     PATH_SUFFIXES include)
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDNN_PATH
     PATH_SUFFIXES lib lib64)
+  set(cudnn_version "")
+  if(CUDNN_INCLUDE_DIR AND EXISTS ${CUDNN_INCLUDE_DIR}/cudnn_version.h)
+    file(STRINGS ${CUDNN_INCLUDE_DIR}/cudnn_version.h cudnn_version
+      REGEX "^#define CUDNN_(MAJOR|MINOR|PATCHLEVEL) ")
+    string(REGEX REPLACE "[^;]*(MAJOR|MINOR|PATCHLEVEL) +" "" cudnn_version "${cudnn_version}")
+    string(REPLACE ";" "." cudnn_version "${cudnn_version}")
+  endif()
   set(D2M_CUDNN_FRONTEND "" CACHE PATH "folder of cudnn_frontend.h")
   find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV NCCL_PATH
     PATH_SUFFIXES include)
@@ -71,12 +78,14 @@ if(D2M_CUDA_FOUND)
   target_include_directories(d2m_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   target_compile_definitions(d2m_cuda PUBLIC ${d2m_have_hopper})
   target_compile_definitions(d2m_settings INTERFACE D2M_HAVE_CUDA=1)
-  if(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY AND CUDNN_FRONTEND_INCLUDE_DIR)
+  if(cudnn_version AND cudnn_version VERSION_LESS 9)
+    set(cudnn_found "${cudnn_version} is too old (9 is needed): attention uses the own kernels")
+  elseif(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY AND CUDNN_FRONTEND_INCLUDE_DIR)
     target_compile_definitions(d2m_cuda PRIVATE D2M_HAVE_CUDNN=1)
     target_include_directories(d2m_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE_DIR}
       ${CUDNN_FRONTEND_INCLUDE_DIR})
     target_link_libraries(d2m_cuda PUBLIC ${CUDNN_LIBRARY} CUDA::nvrtc) # nvrtc: the frontend
-    set(cudnn_found "${CUDNN_LIBRARY}, frontend ${CUDNN_FRONTEND_INCLUDE_DIR}")
+    set(cudnn_found "${cudnn_version} ${CUDNN_LIBRARY}, frontend ${CUDNN_FRONTEND_INCLUDE_DIR}")
   elseif(CUDNN_INCLUDE_DIR AND CUDNN_LIBRARY)
     set(cudnn_found "without its frontend's headers (pip install --no-deps nvidia-cudnn-frontend, \
 then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels")
@@ -101,7 +110,7 @@ then D2M_CUDNN_FRONTEND=<site-packages>/include): attention uses the own kernels
   endif()
   list(APPEND backends d2m_cuda)
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, "
-    "cuDNN ${cudnn_found}; NCCL ${nccl_found}; NVTX ${nvtx_found}")
+    "cuBLASLt ${CUDA_cublasLt_LIBRARY}; cuDNN ${cudnn_found}; NCCL ${nccl_found}; NVTX ${nvtx_found}")
 
   # GPU tests: tests/gpu/test_gpu_<family>.c, label `gpu`; without a device they exit 77 = skipped.
   if(D2M_TESTS)
