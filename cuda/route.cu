@@ -34,21 +34,15 @@ template <int W> static __device__ __forceinline__ int staged_at(int h) {
     return h / (32 * W) * (32 * W) + h % W / 4 * 128 + h % (32 * W) / W * 4 + h % 4;
 }
 
-// A warp stages whole rows.
 template <int W>
 static __device__ __forceinline__ void stage_weight(const float *__restrict__ weight, int hidden,
                                                     int experts, int first, int begin, int width,
                                                     float *staged) {
-    constexpr int PART = W < 4 ? W : 4;
-    for (int e = threadIdx.x / 32; e < ROUTE_CHUNK; e += LOGIT_WARPS) {
-        const float *from = weight + (int64_t)(first + e) * hidden + begin;
+    for (int i = threadIdx.x; i < ROUTE_CHUNK * width; i += blockDim.x) {
+        const int e = i / width, h = i % width;
         const bool inside = first + e < experts;
-#pragma unroll 8
-        for (int h = (threadIdx.x & 31) * PART; h < width; h += 32 * PART) {
-            Piece<float, PART> piece = {};
-            if (inside) piece = load_piece<float, PART>(from + h);
-            store_piece<float, PART>(staged + e * LOGIT_WIDTH + staged_at<W>(h), piece);
-        }
+        staged[e * LOGIT_WIDTH + staged_at<W>(h)] =
+            inside ? weight[(int64_t)(first + e) * hidden + begin + h] : 0.0f;
     }
 }
 
@@ -136,8 +130,7 @@ static __global__ void __launch_bounds__(LOGIT_WARPS * 32, LOGIT_BLOCKS)
 
 template <typename T>
 static void launch_logits(CudaBackend *b, const RouteArgs *args, float *logits) {
-    const uintptr_t bits = (uintptr_t)args->x | (uintptr_t)args->weight;
-    const bool wide = vec_ok<T>((const void *)bits, args->hidden_size);
+    const bool wide = vec_ok<T>(args->x, args->hidden_size);
     auto kernel = wide ? logits_kernel<T, Vec<T>::SIZE> : logits_kernel<T, 1>;
     const int64_t groups = div_up(args->tokens, LOGIT_WARPS * LOGIT_TOKENS);
     const int64_t resident = (int64_t)b->num_sms * LOGIT_BLOCKS;

@@ -147,7 +147,11 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
         ck_assert_int_eq(json_integer_value(json_object_get(last, "step")), TINY_STEPS);
         json_decref(steps);
     }
-    expect_same_run_of(2, "nan0", "nan1"); // what was bad about a step does not matter
+    expect_same_run_of(2, "nan0", "nan1");        // what was bad about a step does not matter
+    Job asked = job_of(tiny_moe_recipe("asked")); // nor whether somebody has known it before
+    tiny_set(&asked.recipe, "optim.skip_steps=5-7");
+    run_ok(2, &asked);
+    expect_same_run_of(2, "nan0", "asked");
     // Too many: all end, and say why.
     Job job = job_of(tiny_moe_recipe("hopeless"));
     job.recipe.optim_max_skipped = 2;
@@ -156,6 +160,20 @@ START_TEST(bad_numbers_on_one_rank_are_skipped_by_all) {
     ranks_start(2, &comm_options, run_rank, &job);
     ranks_join(2);
     for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_NUMERICS, "steps 5 to 6 were all skipped");
+}
+END_TEST
+
+START_TEST(too_little_space_ends_all_ranks_before_the_first_step) {
+    tiny_prepare();
+    Job job = job_of(tiny_dense_recipe("crowded"));
+    tiny_set(&job.recipe, "model.hidden_size=512");
+    tiny_set(&job.recipe, "train.steps=1000000000");
+    tiny_set(&job.recipe, "checkpoint.every=1");
+    tiny_set(&job.recipe, "checkpoint.keep_last=1000000"); // some 60 TB
+    ranks_start(2, &comm_options, run_rank, &job);
+    ranks_join(2);
+    for (int r = 0; r < 2; r++) ranks_expect(r, STATUS_CANNOT_WRITE, "lower checkpoint.keep_last");
+    ck_assert(!io_exists(tiny_run_path("crowded", "log.jsonl")));
 }
 END_TEST
 
@@ -503,7 +521,8 @@ TEST_MAIN_TIMEOUT(
     "parallel faults", 300, TEST(a_killed_rank_ends_all_and_the_same_command_continues),
     TEST(a_signal_to_one_rank_stops_all), TEST(a_slow_start_is_waited_for_and_a_slow_step_is_not),
     TEST(bad_numbers_on_one_rank_are_skipped_by_all), TEST(a_slow_rank_is_named_once),
-    TEST(a_long_step_is_no_hang), TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
+    TEST(too_little_space_ends_all_ranks_before_the_first_step), TEST(a_long_step_is_no_hang),
+    TEST(a_failed_write_on_one_rank_fails_that_save_on_all),
     TEST(a_disk_without_any_room_ends_the_run), TEST(a_rank_that_fails_by_itself_is_not_waited_for),
     TEST(any_failed_operation_of_a_save_fails_at_most_that_save),
     TEST(a_profile_shows_what_goes_between_ranks),

@@ -165,12 +165,15 @@ static Status skip(Trainer *t, const StepBatch *batch, SkipReason reason,
     report_event(t->report, step, "skip", text);
     if (reason == SKIP_ASKED_FOR || !skip_rule_exhausted(rule)) return STATUS_OK;
     uint64_t row = (uint64_t)(rule->in_a_row - 1) * (uint64_t)samples;
-    FAIL(STATUS_NUMERICS,
-         "steps %" PRId64 " to %" PRId64 " were all skipped (optim.max_skipped = %d in a row), "
-         "samples %" PRIu64 " to %" PRIu64 " of the run's order; last: %s, loss %.6g, gradient "
-         "norm %.6g; lower optim.lr or continue from an earlier checkpoint with --resume DIR",
-         step - rule->in_a_row + 1, step, rule->max_in_a_row, first > row ? first - row : 0, last,
-         skip_reason_name(reason), losses->total, losses->norm);
+    Status status = status_fail(
+        __FILE__, __LINE__, STATUS_NUMERICS,
+        "steps %" PRId64 " to %" PRId64 " were all skipped (optim.max_skipped = %d in a row), "
+        "samples %" PRIu64 " to %" PRIu64 " of the run's order; last: %s, loss %.6g, gradient "
+        "norm %.6g; lower optim.lr or continue from an earlier checkpoint with --resume DIR",
+        step - rule->in_a_row + 1, step, rule->max_in_a_row, first > row ? first - row : 0, last,
+        skip_reason_name(reason), losses->total, losses->norm);
+    if (t->team.rank > 0) status_told(); // all ranks have the same numbers, and rank 0 says so
+    return status;
 }
 
 static void show_progress(Trainer *t, double loss) {
