@@ -152,6 +152,12 @@ finish "$job" COMPLETED 0:0
 grep -q "2 nodes with 1 ranks each (lab\[1-2\])" plain.log || fail "the job's first line"
 [ "$(weights plain)" = "$(weights whole)" ] || fail "weights differ from those without Slurm"
 
+echo "[$SECONDS s] two nodes with two ranks each"
+job=$(TASKS_PER_NODE=2 submit wide --set train.steps=20 --set train.global_batch=16)
+finish "$job" COMPLETED 0:0
+grep -q "2 nodes with 2 ranks each (lab\[1-2\])" wide.log || fail "the job's first line"
+grep -q "ranks: 4" wide.log || fail "there were not four ranks"
+
 echo "[$SECONDS s] asked to make room: saved, requeued, continued"
 job=$(submit asked)
 until_true 60 works asked || fail "no step of job $job"

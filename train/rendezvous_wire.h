@@ -70,8 +70,9 @@ struct Rendezvous {
     Place *places; // (world)
     int *star;     // (world): rank 0 has one socket to each, the others only star[0]; else -1
     int mesh_listener;
-    int *mesh;     // (world) or NULL
-    int64_t calls; // over the star
+    int *mesh;        // (world) or NULL
+    int mesh_refused; // connections to it that were none of ours
+    int64_t calls;    // over the star
 };
 
 // A text from the wire: ended, and without anything that a terminal might obey.

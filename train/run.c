@@ -52,9 +52,12 @@ static Status train_loop(Trainer *t) {
 }
 
 static Status stopped(const Trainer *t, int64_t step) {
-    FAIL(STATUS_PREEMPTED,
-         "stopped by %s at step %" PRId64 " of %" PRId64 "; the same command continues",
-         t->stop_name, step, t->total_steps);
+    Status status =
+        status_fail(__FILE__, __LINE__, STATUS_PREEMPTED,
+                    "stopped by %s at step %" PRId64 " of %" PRId64 "; the same command continues",
+                    t->stop_name, step, t->total_steps);
+    if (t->team.rank > 0) status_told(); // all ranks stop at the same step, and rank 0 says so
+    return status;
 }
 
 // A rank that fails by itself leaves the others waiting for it: they are told at once.

@@ -288,10 +288,7 @@ static Status execute(Arguments *arguments, Recipe *recipe, int argc, char **arg
     bool alone = ranks == 1 && arguments->max_restarts == 0;
     if (launch.kind == LAUNCH_NONE && !alone)
         return start_ranks(arguments, recipe, ranks, argc, argv, exit_code);
-    Status status = world_run_training(&launch, recipe, &arguments->run);
-    if (status != STATUS_PREEMPTED || launch.rank == 0) return status;
-    *exit_code = status; // all ranks have stopped at the same step; one of them says so
-    return STATUS_OK;
+    return world_run_training(&launch, recipe, &arguments->run);
 }
 
 int main(int argc, char **argv) {
