@@ -2,7 +2,7 @@
 """Tokens per second on 1, 2, 4, ... GPUs of one host, and PyTorch DDP beside it, as a table.
 
 A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
-16 x 2048 as long as there are that many. Our trainer starts its ranks itself (train --gpus N); the
+32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself (train --gpus N); the
 peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
 machine; medians over the steps after a warm-up. --profile and --saves say, for the largest number
 of GPUs, how long a step waits for communication that no computation hides, and how long training
@@ -11,6 +11,7 @@ stands still for a save.
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
     scripts/bench_scaling.py --build build --set parallel.zero=2
+    scripts/bench_scaling.py --build build --gpus 4 --cases dense --length 1024
 
 Needs what bench_gpu.py needs. NCCL's variables are handed on.
 """
@@ -27,9 +28,9 @@ import bench_gpu
 import bench_gpu_shapes as shapes
 
 SCRIPTS = Path(__file__).resolve().parent
-LENGTH, SEQUENCES, MICRO = 2048, 256, 16  # 524,288 tokens a step
-AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}     # times one GPU
-SAVE_AT, SAVE_SEQUENCES = 60, 64
+MICRO_TOKENS, MICRO_BATCHES = 1 << 15, 16  # of a step, on all GPUs together: 524,288 tokens
+AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}      # times one GPU
+SAVE_AT, SAVE_MICRO_BATCHES = 60, 4
 
 
 def count_gpus():
@@ -38,21 +39,24 @@ def count_gpus():
     return len(done.stdout.strip().splitlines())
 
 
-def case_of(model, gpus, sequences=SEQUENCES, settings=()):
-    return bench_gpu.Case(model, MICRO, LENGTH, settings=(
-        f"train.global_batch={sequences}", f"parallel.processes={gpus}", *settings))
+def case_of(arguments, model, gpus, micro_batches=MICRO_BATCHES, settings=()):
+    batch = MICRO_TOKENS // arguments.length
+    return bench_gpu.Case(model, batch, arguments.length, settings=(
+        f"train.global_batch={micro_batches * batch}", f"parallel.processes={gpus}", *settings))
 
 
 def run_ours(arguments, model, gpus, work):
-    result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case_of(model, gpus), work)
-    result.tokens_per_second *= SEQUENCES / MICRO  # bench_gpu counts one micro-batch a step
+    case = case_of(arguments, model, gpus)
+    result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case, work)
+    result.tokens_per_second *= MICRO_BATCHES  # bench_gpu counts one micro-batch a step
     return result
 
 
 def profile(arguments, model, gpus, work):
     """Exposed communication as text."""
     name = f"{model}-{gpus}-profile"
-    words = bench_gpu.command(arguments, f"{model}-{gpus}", case_of(model, gpus), work)
+    case = case_of(arguments, model, gpus)
+    words = bench_gpu.command(arguments, f"{model}-{gpus}", case, work)
     with open(work / f"{name}.log", "wb") as file:
         done = subprocess.run([*words, "--profile", "4"], stdout=file, stderr=file,
                               timeout=arguments.timeout, check=False)
@@ -67,7 +71,7 @@ def profile(arguments, model, gpus, work):
 def saves(arguments, model, gpus, work):
     """How long a save holds up training, as text: what the steps from the save on take more than
     as many usual ones, while its files are written. Steps are shorter here to have many of them."""
-    case = case_of(model, gpus, SAVE_SEQUENCES, (f"checkpoint.every={SAVE_AT}",))
+    case = case_of(arguments, model, gpus, SAVE_MICRO_BATCHES, (f"checkpoint.every={SAVE_AT}",))
     steps = argparse.Namespace(**{**vars(arguments), "warmup": SAVE_AT - 1, "steps": SAVE_AT})
     result = bench_gpu.run_ours(steps, f"{model}-{gpus}-saves", case, work)
     if result.problem:
@@ -75,15 +79,16 @@ def saves(arguments, model, gpus, work):
     seconds = result.details["step_seconds"]
     usual = statistics.median(seconds)
     stall = sum(seconds) - usual * len(seconds)
-    hundred = 100 * usual * SEQUENCES / SAVE_SEQUENCES
+    hundred = 100 * usual * MICRO_BATCHES / SAVE_MICRO_BATCHES
     return f"{stall:.2f} s a save (slowest step {max(seconds):.2f} s, usual {usual:.2f} s) = " \
-           f"{100 * stall / hundred:.2f} % of 100 steps of {SEQUENCES * LENGTH} tokens"
+           f"{100 * stall / hundred:.2f} % of 100 steps of {MICRO_BATCHES * MICRO_TOKENS} tokens"
 
 
 def run_peer(arguments, model, gpus):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(gpus), SCRIPTS / "bench_gpu_peer.py", "--model", model, "--batch", str(MICRO),
-             "--length", str(LENGTH), "--micro-batches", str(SEQUENCES // MICRO // gpus),
+             str(gpus), SCRIPTS / "bench_gpu_peer.py", "--model", model, "--batch",
+             str(MICRO_TOKENS // arguments.length), "--length", str(arguments.length),
+             "--micro-batches", str(MICRO_BATCHES // gpus),
              "--warmup", str(arguments.warmup), "--steps", str(arguments.steps)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -149,6 +154,7 @@ def main():
     parser.add_argument("--build", default="build", help="folder with bin/train")
     parser.add_argument("--gpus", help="comma-separated; default: 1, 2, 4, ... up to all")
     parser.add_argument("--cases", default="dense,lfuc", help="default: both")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
@@ -162,13 +168,15 @@ def main():
     there = count_gpus()
     asked = [int(n) for n in arguments.gpus.split(",")] if arguments.gpus else \
         [n for n in (1, 2, 4, 8) if n <= there]
-    wrong = [n for n in asked if n < 1 or n > there or SEQUENCES // MICRO % n]
+    wrong = [n for n in asked if n < 1 or n > there or MICRO_BATCHES % n]
     if wrong:
         parser.error(f"--gpus: {wrong[0]}, but there are {there} GPUs and a step has "
-                     f"{SEQUENCES // MICRO} micro-batches to divide")
+                     f"{MICRO_BATCHES} micro-batches to divide")
+    if arguments.length < 1 or MICRO_TOKENS % arguments.length:
+        parser.error(f"--length must divide the {MICRO_TOKENS} tokens of a micro-batch")
 
-    print(f"{there} x {bench_gpu.query('name') or 'unknown GPU'}; {SEQUENCES * LENGTH} tokens a "
-          f"step, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
+    print(f"{there} x {bench_gpu.query('name') or 'unknown GPU'}; {MICRO_BATCHES * MICRO_TOKENS} tokens a "
+          f"step, sequences of {arguments.length}, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         work = Path(arguments.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
