@@ -99,6 +99,7 @@ static __device__ __forceinline__ void
 store_rows(const float (&c)[MT][D / 8][4], const float (&factor)[MT][2], char *staging, int row,
            bf16 *to, int64_t stride, int rows, int width) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+    __syncwarp(); // the warp's last reads of these rows are over
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll

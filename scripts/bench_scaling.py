@@ -4,9 +4,9 @@
 A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
 32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself (train --gpus N); the
 peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
-machine; medians over the steps after a warm-up. --profile and --saves say, for the largest number
-of GPUs, how long a step waits for communication that no computation hides, and how long training
-stands still for a save.
+machine; medians over the steps after a warm-up. The peer is run on the largest number of GPUs only
+(bench_gpu.py has one GPU). --profile and --saves say, for that number, too, how long a step waits
+for communication that no computation hides, and how long training stands still for a save.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
@@ -135,7 +135,8 @@ def run_all(arguments, asked, work):
         for gpus in asked:
             ours = run_ours(arguments, model, gpus, work)
             single = ours.tokens_per_second if gpus == 1 else single
-            peer = None if arguments.no_peer else run_peer(arguments, model, gpus)
+            beside = gpus == asked[-1] and not arguments.no_peer
+            peer = run_peer(arguments, model, gpus) if beside else None
             for side, result in (("ours", ours), ("peer", peer)):
                 if result and result.problem:
                     print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
@@ -166,7 +167,7 @@ def main():
     parser.add_argument("--work", help="folder for shards, weights and logs (default: temporary)")
     arguments = parser.parse_args()
     there = count_gpus()
-    asked = [int(n) for n in arguments.gpus.split(",")] if arguments.gpus else \
+    asked = sorted(int(n) for n in arguments.gpus.split(",")) if arguments.gpus else \
         [n for n in (1, 2, 4, 8) if n <= there]
     wrong = [n for n in asked if n < 1 or n > there or MICRO_BATCHES % n]
     if wrong:

@@ -223,8 +223,9 @@ def print_perplexity(run, name):
 SMOOTHED_STEPS = 20  # the loss of a step is that of its own samples: a curve is a mean of several
 
 
-def print_difference(run, other):
-    """How far two runs' training losses are apart: the worst step, the mean, the worst mean."""
+def print_difference(run, other, at_most):
+    """How far two runs' training losses are apart: the worst step, the mean, the worst mean, which
+    may be `at_most` percent where that is given."""
     losses = [{record["step"]: record.get("cross_entropy") for record in read_log(path)["step"]}
               for path in (run, other)]
     steps = sorted(losses[0].keys() & losses[1].keys())
@@ -243,6 +244,9 @@ def print_difference(run, other):
     print(f"at most {100 * apart[worst]:.2f} % apart, at step {worst} ({losses[0][worst]:.4f} "
           f"against {losses[1][worst]:.4f}); {100 * sum(apart.values()) / len(steps):.2f} % in the "
           f"mean; means of {width} at most {100 * smooth:.2f} %; {len(steps)} steps compared")
+    if at_most is not None and not 100 * smooth <= at_most:
+        raise PlotError(f"{run} and {other}: means of {width} steps are {100 * smooth:.2f} % "
+                        f"apart, more than {at_most} %")
 
 
 def main():
@@ -256,10 +260,12 @@ def main():
     parser.add_argument("--compare", type=Path, metavar="OTHER",
                         help="print how far the training losses of RUN and OTHER are apart and draw "
                         "nothing")
+    parser.add_argument("--at-most", type=float, metavar="PERCENT", help="with --compare: fail "
+                        f"where means of {SMOOTHED_STEPS} steps are further apart")
     arguments = parser.parse_args()
     try:
         if arguments.compare:
-            print_difference(arguments.run, arguments.compare)
+            print_difference(arguments.run, arguments.compare, arguments.at_most)
         elif arguments.perplexity:
             print_perplexity(arguments.run, arguments.perplexity)
         else:

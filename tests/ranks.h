@@ -110,13 +110,14 @@ __attribute__((unused)) static void ranks_start(int world, const CommunicatorOpt
         for (int j = 0; j < world; j++) net_close(job.mesh[i][j]);
 }
 
+static void rank_join(int rank) {
+    int how;
+    while (waitpid(rank_pids_[rank], &how, 0) < 0) ck_assert_int_eq(errno, EINTR);
+    rank_results_[rank].status = WIFSIGNALED(how) ? RANK_KILLED + WTERMSIG(how) : WEXITSTATUS(how);
+}
+
 __attribute__((unused)) static void ranks_join(int world) {
-    for (int rank = 0; rank < world; rank++) {
-        int how;
-        while (waitpid(rank_pids_[rank], &how, 0) < 0) ck_assert_int_eq(errno, EINTR);
-        rank_results_[rank].status =
-            WIFSIGNALED(how) ? RANK_KILLED + WTERMSIG(how) : WEXITSTATUS(how);
-    }
+    for (int rank = 0; rank < world; rank++) rank_join(rank);
 }
 
 __attribute__((unused)) static void ranks_expect_ok(int world, const CommunicatorOptions *options,
