@@ -6,7 +6,9 @@ A step has the same 524,288 tokens on any number of GPUs: each has its share, in
 peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
 machine; medians over the steps after a warm-up. The peer is run on the largest number of GPUs only
 (bench_gpu.py has one GPU). --profile and --saves say, for that number, too, how long a step waits
-for communication that no computation hides, and how long training stands still for a save.
+for communication that no computation hides, and how long training stands still for a save. --each
+says what each GPU makes alone while the others do the same: ranks wait for the slowest, and the
+first need not be it.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
@@ -18,6 +20,7 @@ Needs what bench_gpu.py needs. NCCL's variables are handed on.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -52,6 +55,16 @@ def run_ours(arguments, model, gpus, work):
     return result
 
 
+def optimizer_memory(arguments, model, gpus, work):
+    """AdamW's moments and the fp32 weights of one rank, as text: both are shared out between ranks."""
+    words = bench_gpu.command(arguments, f"{model}-{gpus}", case_of(arguments, model, gpus), work)
+    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=False)
+    units = {"kB": 1e-6, "MB": 1e-3, "GB": 1}
+    found = re.findall(r"^  (?:optimizer state|master weights) +([0-9.]+) (kB|MB|GB)$", done.stdout,
+                       re.MULTILINE)
+    return f"{sum(float(n) * units[unit] for n, unit in found):.2f}" if found else "-"
+
+
 def profile(arguments, model, gpus, work):
     """Exposed communication as text."""
     name = f"{model}-{gpus}-profile"
@@ -84,6 +97,33 @@ def saves(arguments, model, gpus, work):
            f"{100 * stall / hundred:.2f} % of 100 steps of {MICRO_BATCHES * MICRO_TOKENS} tokens"
 
 
+def each_alone(arguments, model, there, work):
+    """What this script finds for one GPU, on all of them at once, as text."""
+    running = []
+    for gpu in range(there):
+        own = work / f"gpu{gpu}"
+        own.mkdir(exist_ok=True)
+        for shared in ("shards", "seed"):
+            if (work / shared).exists() and not (own / shared).exists():
+                (own / shared).symlink_to(work / shared)
+        words = [sys.executable, Path(__file__).resolve(), "--build", arguments.build, "--gpus",
+                 "1", "--cases", model, "--no-peer", "--length", arguments.length, "--warmup",
+                 arguments.warmup, "--steps", arguments.steps, "--timeout", arguments.timeout,
+                 "--work", own]
+        words += [word for setting in arguments.set for word in ("--set", setting)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        running.append(subprocess.Popen([str(word) for word in words], env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    found = [re.search(rf"^{model}  1 .*?([0-9.]+) k  1.00", process.communicate()[0], re.MULTILINE)
+             for process in running]
+    if not all(found):
+        return "failed"
+    rates = [float(rate[1]) for rate in found]
+    slowest = min(rates) / rates[0]
+    return f"{', '.join(f'{rate:.1f}' for rate in rates)} k tok/s; the slowest makes " \
+           f"{slowest:.3f} of the first, so that all make {slowest * there:.2f} times it at most"
+
+
 def run_peer(arguments, model, gpus):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
              str(gpus), SCRIPTS / "bench_gpu_peer.py", "--model", model, "--batch",
@@ -103,11 +143,11 @@ def run_peer(arguments, model, gpus):
                             details=details)
 
 
-def row(model, gpus, ours, single, peer):
-    """`single`: tokens per second of ours on one GPU, or None."""
+def row(model, gpus, ours, single, peer, optimizer):
+    """`single`: tokens per second of ours on one GPU, or None; `optimizer`: GB of a rank."""
     times = ours.tokens_per_second / single if single and ours.tokens_per_second else None
     goal = AT_LEAST.get(gpus)
-    cells = [model, str(gpus), bench_gpu.gigabytes(ours.peak_bytes),
+    cells = [model, str(gpus), bench_gpu.gigabytes(ours.peak_bytes), optimizer,
              f"{ours.tokens_per_second / 1e3:.1f} k" if ours.tokens_per_second else "failed",
              f"{times:.2f}" if times else "-", f"{100 * times / gpus:.1f} %" if times else "-",
              f"{goal}" if goal else "-",
@@ -121,11 +161,11 @@ def row(model, gpus, ours, single, peer):
     return cells
 
 
-HEAD = ["model", "GPUs", "GB a GPU", "ours tok/s", "times one", "of linear", "at least", "met",
-        "DDP tok/s", "ratio"]
+HEAD = ["model", "GPUs", "GB a GPU", "AdamW's", "ours tok/s", "times one", "of linear", "at least",
+        "met", "DDP tok/s", "ratio"]
 
 
-def run_all(arguments, asked, work):
+def run_all(arguments, asked, there, work):
     """The rows of the table, each printed when it is known."""
     if not (work / "shards" / "shards.json").exists():
         bench_gpu.write_shards(work / "shards", shapes.SHAPES["dense"].vocab)
@@ -140,8 +180,11 @@ def run_all(arguments, asked, work):
             for side, result in (("ours", ours), ("peer", peer)):
                 if result and result.problem:
                     print(f"{model} on {gpus}, {side}: {result.problem}", flush=True)
-            rows.append(row(model, gpus, ours, single, peer))
+            optimizer = optimizer_memory(arguments, model, gpus, work)
+            rows.append(row(model, gpus, ours, single, peer, optimizer))
             print("  ".join(rows[-1]), flush=True)
+        if arguments.each:
+            print(f"{model} on each alone: {each_alone(arguments, model, there, work)}", flush=True)
         if arguments.profile:
             print(f"{model} on {gpus}, exposed communication: "
                   f"{profile(arguments, model, gpus, work)}", flush=True)
@@ -162,6 +205,7 @@ def main():
                         help="for our trainer; may be repeated")
     parser.add_argument("--profile", action="store_true", help="exposed communication, too")
     parser.add_argument("--saves", action="store_true", help="the cost of a save, too")
+    parser.add_argument("--each", action="store_true", help="each GPU alone, too")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--timeout", type=int, default=500, help="seconds for one side of a case")
     parser.add_argument("--work", help="folder for shards, weights and logs (default: temporary)")
@@ -181,7 +225,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         work = Path(arguments.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        rows = run_all(arguments, asked, work)
+        rows = run_all(arguments, asked, there, work)
     print()
     bench_gpu.print_table(HEAD, rows)
 

@@ -8,13 +8,12 @@
 #include "base/clock.h"
 #include "base/log.h"
 
-enum { WATCHED_MAX = 4096, REPORTS_MAX = 10 };
+enum { WATCHED_MAX = 4096 };
 
 void reception_open(Reception *reception) {
     for (int i = 0; i < RECEPTION_GUESTS; i++) reception->guests[i].fd = -1;
 }
 
-// Strangers are reported, but a flood of them must not fill the log.
 __attribute__((format(printf, 3, 4))) static void report(Reception *reception, const Guest *guest,
                                                          const char *format, ...) {
     char text[128];
@@ -22,10 +21,9 @@ __attribute__((format(printf, 3, 4))) static void report(Reception *reception, c
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    int reports = ++reception->reports;
-    log_line(reports > REPORTS_MAX ? LOG_DEBUG : LOG_WARN,
-             "%s: a connection from %s was closed: %s%s", reception->name, guest->peer, text,
-             reports == REPORTS_MAX ? "; others like it are not reported" : "");
+    LogLevel level = reception_report_level(&reception->reports);
+    log_line(level, "%s: a connection from %s was closed: %s%s", reception->name, guest->peer, text,
+             reception->reports == RECEPTION_REPORTS ? "; others like it are not reported" : "");
 }
 
 static void send_away(Guest *guest) {

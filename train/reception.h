@@ -5,9 +5,15 @@
 #define TRAIN_RECEPTION_H
 
 #include <poll.h>
+#include "base/log.h"
 #include "base/net.h"
 
-enum { RECEPTION_GUESTS = 64, RECEPTION_MESSAGE_MAX = 16384, RECEPTION_MAGIC = 8 };
+enum {
+    RECEPTION_GUESTS = 64,
+    RECEPTION_MESSAGE_MAX = 16384,
+    RECEPTION_MAGIC = 8,
+    RECEPTION_REPORTS = 10
+};
 
 typedef struct Guest {
     int fd; // -1: a free place
@@ -29,6 +35,12 @@ typedef struct Reception {
     int reports; // of strangers, so far
     Guest guests[RECEPTION_GUESTS];
 } Reception;
+
+// Strangers are reported, but a flood of them must not fill the log: the level of the next report,
+// which is counted.
+static inline LogLevel reception_report_level(int *reports) {
+    return ++*reports > RECEPTION_REPORTS ? LOG_DEBUG : LOG_WARN;
+}
 
 void reception_open(Reception *reception); // marks all places free
 void reception_close(Reception *reception);

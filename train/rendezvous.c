@@ -21,7 +21,7 @@
 #include "base/log.h"
 #include "train/rendezvous_wire.h"
 
-enum { MISFITS_MAX = 64, GRACE_SECONDS = 2, AGAIN_MS = 200, ID_SHOWN = 32, REPORTS_MAX = 10 };
+enum { MISFITS_MAX = 64, GRACE_SECONDS = 2, AGAIN_MS = 200, ID_SHOWN = 32 };
 
 // --- Texts ---------------------------------------------------------------------------------------
 
@@ -162,8 +162,7 @@ __attribute__((format(printf, 3, 4))) static void refuse(Host *host, Guest *gues
     va_end(arguments);
     snprintf(host->refused, sizeof host->refused, "a connection from %.80s was refused: %s",
              guest->peer, text);
-    log_line(++host->num_refused > REPORTS_MAX ? LOG_DEBUG : LOG_WARN, "rendezvous: %s",
-             host->refused);
+    log_line(reception_report_level(&host->num_refused), "rendezvous: %s", host->refused);
     rendezvous_make_verdict(&verdict, STATUS_USAGE, text);
     tell(guest->fd, guest->peer, &verdict);
 }

@@ -7,8 +7,6 @@
 #include "base/log.h"
 #include "train/rendezvous_wire.h"
 
-enum { MESH_REPORTS_MAX = 10 };
-
 Status rendezvous_mesh_listen(Rendezvous *r, int *port) {
     r->mesh = malloc((size_t)r->world * sizeof *r->mesh);
     if (!r->mesh) FAIL(STATUS_INTERNAL, "out of memory for the mesh of %d ranks", r->world);
@@ -22,7 +20,7 @@ static void arrived(void *context, Guest *guest) {
     memcpy(&hello, guest->message, sizeof hello);
     if (memcmp(hello.nonce, r->nonce, sizeof hello.nonce) != 0 || hello.to != r->rank ||
         hello.from <= r->rank || hello.from >= r->world || r->mesh[hello.from] >= 0) {
-        log_line(++r->mesh_refused > MESH_REPORTS_MAX ? LOG_DEBUG : LOG_WARN,
+        log_line(reception_report_level(&r->mesh_refused),
                  "mesh: a connection from %s was refused: it does not belong to this run",
                  guest->peer);
         return;

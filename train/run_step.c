@@ -157,10 +157,11 @@ static Status skip(Trainer *t, const StepBatch *batch, SkipReason reason,
     const SkipRule *rule = &t->state.skip;
     int64_t step = t->state.step + 1, samples = t->recipe->train_global_batch;
     uint64_t first = batch->first_sample, last = first + (uint64_t)samples - 1;
-    char text[256];
+    char text[256], so_far[32] = "";
+    if (reason != SKIP_ASKED_FOR) snprintf(so_far, sizeof so_far, ", %d in a row", rule->in_a_row);
     snprintf(text, sizeof text,
-             "%s: loss %.6g, gradient norm %.6g, samples %" PRIu64 " to %" PRIu64 ", %d in a row",
-             skip_reason_name(reason), losses->total, losses->norm, first, last, rule->in_a_row);
+             "%s: loss %.6g, gradient norm %.6g, samples %" PRIu64 " to %" PRIu64 "%s",
+             skip_reason_name(reason), losses->total, losses->norm, first, last, so_far);
     if (t->team.rank == 0) log_warn("step %" PRId64 " skipped, %s", step, text);
     report_event(t->report, step, "skip", text);
     if (reason == SKIP_ASKED_FOR || !skip_rule_exhausted(rule)) return STATUS_OK;
