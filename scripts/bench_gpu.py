@@ -79,7 +79,9 @@ def query(what):
 
 
 class MemoryWatch:
-    """The most memory that was in use on the GPU, beyond what was when the watch began."""
+    """The most memory that was in use on the GPU, beyond what was when the watch began. Ends when
+    that is free again, which can be seconds after a process is gone: the next watch would take it
+    for what is always there."""
 
     def __enter__(self):
         self.base, self.most, self.ended = self.used(), 0, threading.Event()
@@ -90,6 +92,9 @@ class MemoryWatch:
     def __exit__(self, *_):
         self.ended.set()
         self.thread.join()
+        deadline = time.monotonic() + 20
+        while self.used() > self.base + self.most // 10 and time.monotonic() < deadline:
+            time.sleep(0.25)
 
     @staticmethod
     def used():
@@ -187,8 +192,7 @@ def session_processes(session):
 
 def kill_session(session):
     """Ends the trainer and its ranks, which are in process groups of their own: without their
-    parent they would save first, beside the next case. Waits for their end, since until then they
-    have memory that the next case must not take for somebody else's."""
+    parent they would save first, beside the next case. Waits for their end."""
     deadline = time.monotonic() + 30
     while processes := session_processes(session):
         for process in processes:

@@ -2,13 +2,13 @@
 """Tokens per second on 1, 2, 4, ... GPUs of one host, and PyTorch DDP beside it, as a table.
 
 A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
-32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself (train --gpus N); the
-peer is scripts/bench_gpu_peer.py under torchrun. Everything runs one after the other on the same
-machine; medians over the steps after a warm-up. The peer is run on the largest number of GPUs only
-(bench_gpu.py has one GPU). --profile and --saves say, for that number, too, how long a step waits
-for communication that no computation hides, and how long training stands still for a save. --each
-says what each GPU makes alone while the others do the same: ranks wait for the slowest, and the
-first need not be it.
+32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself
+(train --gpus N); the peer is scripts/bench_gpu_peer.py under torchrun, on the largest number of
+GPUs only (bench_gpu.py has one GPU). Everything runs one after the other on the same machine;
+medians over the steps after a warm-up. For the largest number of GPUs --profile and --saves say how
+long a step waits for communication that no computation hides, and how long training stands still
+for a save. --each says what each GPU makes alone while the others do the same: ranks wait for the
+slowest, and the first need not be it.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
