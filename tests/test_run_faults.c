@@ -134,6 +134,67 @@ START_TEST(too_many_bad_steps_end_the_run_naming_samples) {
 }
 END_TEST
 
+// --- Memory --------------------------------------------------------------------------------------
+
+// A backend whose allocation number `fails` fails, as on a device that is full.
+static struct {
+    int fails, calls;
+    Status (*alloc)(Backend *, size_t, void **);
+    Status (*host_alloc)(Backend *, size_t, void **);
+} scarce;
+
+static Status scarce_alloc(Backend *backend, size_t bytes, void **out) {
+    *out = NULL;
+    if (++scarce.calls == scarce.fails)
+        FAIL(STATUS_INTERNAL, "no room for %zu bytes on the device", bytes);
+    return scarce.alloc(backend, bytes, out);
+}
+
+static Status scarce_host_alloc(Backend *backend, size_t bytes, void **out) {
+    *out = NULL;
+    if (++scarce.calls == scarce.fails)
+        FAIL(STATUS_INTERNAL, "no room for %zu bytes of host memory", bytes);
+    return scarce.host_alloc(backend, bytes, out);
+}
+
+static Status train_scarce(const Recipe *recipe, const RunOptions *options) {
+    Backend *backend;
+    TRY(prepare_backend(recipe, 0, &backend));
+    static BackendOps ops;
+    ops = *backend->ops;
+    scarce.alloc = ops.alloc;
+    scarce.host_alloc = ops.host_alloc;
+    ops.alloc = scarce_alloc;
+    ops.host_alloc = scarce_host_alloc;
+    backend->ops = &ops;
+    Status status = run_training_on(backend, recipe, options);
+    backend_destroy(backend);
+    return status;
+}
+
+// Each allocation of measuring, surgery and training in turn. What had been taken before is given
+// back (the child looks for leaks under a sanitizer), and the same command then works.
+START_TEST(an_allocation_that_fails_ends_the_run) {
+    const TinyRun run = {.train = train_scarce};
+    int failures = 0;
+    tiny_prepare();
+    for (scarce.fails = 1;; scarce.fails++) {
+        char name[32];
+        snprintf(name, sizeof name, "scarce%d", scarce.fails);
+        Recipe recipe = tiny_moe_recipe(name);
+        tiny_set(&recipe, "train.steps=2");
+        int code = tiny_train(&recipe, &run);
+        if (code == STATUS_OK) break;
+        ck_assert_msg(code == STATUS_INTERNAL, "allocation %d: exit %d: %s", scarce.fails, code,
+                      tiny_message(name));
+        expect_message(&recipe, "no room for");
+        if (failures++ == 0) expect_exit(&recipe, NULL, STATUS_OK);
+    }
+    printf("%d allocations failed\n", failures);
+    ck_assert_int_ge(failures, 20);
+}
+END_TEST
+
 // --- The disk ------------------------------------------------------------------------------------
 
 typedef struct FullDisk {
@@ -470,9 +531,10 @@ END_TEST
 TEST_MAIN_TIMEOUT(
     "run_faults", 300, TEST(bad_steps_are_skipped_counted_and_leave_no_trace),
     TEST(steps_are_skipped_on_request), TEST(too_many_bad_steps_end_the_run_naming_samples),
-    TEST(training_goes_on_while_the_disk_is_full), TEST(a_limit_of_file_sizes_is_a_failed_save),
-    TEST(saves_that_never_succeed_end_the_run), TEST(a_final_save_that_fails_is_the_runs_failure),
-    TEST(a_full_log_disk_does_not_matter), TEST(what_decides_the_model_or_the_data_may_not_change),
+    TEST(an_allocation_that_fails_ends_the_run), TEST(training_goes_on_while_the_disk_is_full),
+    TEST(a_limit_of_file_sizes_is_a_failed_save), TEST(saves_that_never_succeed_end_the_run),
+    TEST(a_final_save_that_fails_is_the_runs_failure), TEST(a_full_log_disk_does_not_matter),
+    TEST(what_decides_the_model_or_the_data_may_not_change),
     TEST(another_source_model_is_refused_by_its_shape), TEST(moved_data_is_the_same_data),
     TEST(a_spoiled_shard_ends_the_run_or_is_left_out),
     TEST(a_shard_that_spoils_between_attempts_ends_the_run),
