@@ -7,6 +7,19 @@
 #include <sys/resource.h>
 #include "model/backend.h"
 
+// A run on the CPU backend with some of its ops changed.
+static Status train_with(const Recipe *recipe, const RunOptions *options,
+                         void (*change)(BackendOps *)) {
+    Backend *backend;
+    TRY(prepare_backend(recipe, 0, &backend));
+    BackendOps ops = *backend->ops;
+    change(&ops);
+    backend->ops = &ops;
+    Status status = run_training_on(backend, recipe, options);
+    backend_destroy(backend);
+    return status;
+}
+
 // --- Bad numbers ---------------------------------------------------------------------------------
 
 // A backend that spoils the loss, or a gradient, of chosen steps.
@@ -43,19 +56,15 @@ static Status spoiled_norm2(Backend *backend, DType dtype, const void *grad, int
     return spoils(SPOIL_GRADIENT, step) ? spoil_value(backend, sums) : STATUS_OK;
 }
 
+static void spoil_ops(BackendOps *ops) {
+    spoil.cross_entropy = ops->linear_cross_entropy;
+    spoil.norm2 = ops->norm2;
+    ops->linear_cross_entropy = spoiled_cross_entropy;
+    ops->norm2 = spoiled_norm2;
+}
+
 static Status train_spoiled(const Recipe *recipe, const RunOptions *options) {
-    Backend *backend;
-    TRY(prepare_backend(recipe, 0, &backend));
-    static BackendOps ops;
-    ops = *backend->ops;
-    spoil.cross_entropy = ops.linear_cross_entropy;
-    spoil.norm2 = ops.norm2;
-    ops.linear_cross_entropy = spoiled_cross_entropy;
-    ops.norm2 = spoiled_norm2;
-    backend->ops = &ops;
-    Status status = run_training_on(backend, recipe, options);
-    backend_destroy(backend);
-    return status;
+    return train_with(recipe, options, spoil_ops);
 }
 
 static const TinyRun spoiled = {.train = train_spoiled};
@@ -157,19 +166,15 @@ static Status scarce_host_alloc(Backend *backend, size_t bytes, void **out) {
     return scarce.host_alloc(backend, bytes, out);
 }
 
+static void make_scarce(BackendOps *ops) {
+    scarce.alloc = ops->alloc;
+    scarce.host_alloc = ops->host_alloc;
+    ops->alloc = scarce_alloc;
+    ops->host_alloc = scarce_host_alloc;
+}
+
 static Status train_scarce(const Recipe *recipe, const RunOptions *options) {
-    Backend *backend;
-    TRY(prepare_backend(recipe, 0, &backend));
-    static BackendOps ops;
-    ops = *backend->ops;
-    scarce.alloc = ops.alloc;
-    scarce.host_alloc = ops.host_alloc;
-    ops.alloc = scarce_alloc;
-    ops.host_alloc = scarce_host_alloc;
-    backend->ops = &ops;
-    Status status = run_training_on(backend, recipe, options);
-    backend_destroy(backend);
-    return status;
+    return train_with(recipe, options, make_scarce);
 }
 
 // Each allocation of measuring, surgery and training in turn. What had been taken before is given
