@@ -56,7 +56,7 @@ def run_ours(arguments, model, gpus, work):
 
 
 def optimizer_memory(arguments, model, gpus, work):
-    """AdamW's moments and the fp32 weights of one rank, as text: both are shared out between ranks."""
+    """GB of AdamW's moments and fp32 weights of a rank, as text: both are shared out."""
     words = bench_gpu.command(arguments, f"{model}-{gpus}", case_of(arguments, model, gpus), work)
     done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=False)
     units = {"kB": 1e-6, "MB": 1e-3, "GB": 1}
@@ -220,8 +220,9 @@ def main():
     if arguments.length < 1 or MICRO_TOKENS % arguments.length:
         parser.error(f"--length must divide the {MICRO_TOKENS} tokens of a micro-batch")
 
-    print(f"{there} x {bench_gpu.query('name') or 'unknown GPU'}; {MICRO_BATCHES * MICRO_TOKENS} tokens a "
-          f"step, sequences of {arguments.length}, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
+    name = bench_gpu.query("name") or "unknown GPU"
+    print(f"{there} x {name}; {MICRO_BATCHES * MICRO_TOKENS} tokens a step, sequences of "
+          f"{arguments.length}, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         work = Path(arguments.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
