@@ -24,7 +24,6 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     const int64_t step = (int64_t)gridDim.y * SUM_WARPS;
     float sums[W] = {};
     if (column < columns) {
-#pragma unroll 8
         for (int64_t t = (int64_t)blockIdx.y * SUM_WARPS + warp; t < tokens; t += step) {
             const Piece<T, W> piece = load_piece<T, W>(dout + t * columns + column);
 #pragma unroll

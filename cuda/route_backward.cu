@@ -11,7 +11,7 @@
 enum {
     DX_TOKENS = 8,
     GRAD_THREADS = 128,
-    GRAD_PARTS = 384,     // at most
+    GRAD_PARTS = 256,     // at most
     GRAD_MIN_TOKENS = 32, // of a part
     GRAD_TILE = 64,       // tokens whose dlogits are staged at once
     GRAD_BATCH = 8,       // tokens whose x is in flight at once
