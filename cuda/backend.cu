@@ -209,6 +209,7 @@ static void destroy(Backend *base) {
     cudaFree(b->gemm_workspace);
     cudaFree(b->tune_hash);
     cudaFree(b->bad_id);
+    cudaFree(b->turns);
     if (b->host_bad_id) cudaFreeHost(b->host_bad_id);
     if (b->host_counts) cudaFreeHost(b->host_counts);
     free(b);
@@ -342,6 +343,8 @@ static Status create_parts(CudaBackend *b) {
     CUDA_TRY(b, cudaMalloc((void **)&b->tune_hash, sizeof *b->tune_hash));
     CUDA_TRY(b, cudaMalloc((void **)&b->bad_id, sizeof *b->bad_id));
     CUDA_TRY(b, cudaMemsetAsync(b->bad_id, 0, sizeof *b->bad_id, b->stream));
+    CUDA_TRY(b, cudaMalloc((void **)&b->turns, sizeof *b->turns));
+    CUDA_TRY(b, cudaMemsetAsync(b->turns, 0, sizeof *b->turns, b->stream));
     CUDA_TRY(b,
              cudaHostAlloc((void **)&b->host_bad_id, sizeof *b->host_bad_id, cudaHostAllocDefault));
     CUDA_TRY(b, cudaHostAlloc((void **)&b->host_counts, 4096, cudaHostAllocDefault));

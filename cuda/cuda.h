@@ -62,6 +62,7 @@ typedef struct CudaBackend {
     // whenever the host waits for the device.
     uint64_t *bad_id;
     uint64_t *host_bad_id;  // pinned copy
+    int *turns;             // on the device: what hopper_product.cuh takes tiles by
     const char *current_op; // named when a CUDA call fails
     cudaEvent_t *stamps;    // (num_stamps) of timestamp(), created when first asked for
     int64_t num_stamps;

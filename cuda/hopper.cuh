@@ -53,6 +53,20 @@ static __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t p
 
 // --- Clusters ------------------------------------------------------------------------------------
 
+// A number into the shared memory of block `block` of the cluster; its 4 bytes count at `barrier`
+// there. Both places are as in this block.
+static __device__ __forceinline__ void send_number(uint32_t to, uint32_t barrier, int number,
+                                                   uint32_t block) {
+    asm volatile("{\n"
+                 ".reg .b32 there, counts;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 counts, %1, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, "
+                 "[counts];\n"
+                 "}\n" ::"r"(to),
+                 "r"(barrier), "r"(number), "r"(block)
+                 : "memory");
+}
 static __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));

@@ -44,8 +44,15 @@ typedef struct GroupedArgs {
     int tile_begin[HOPPER_GROUPS_MAX + 1];
     int k_steps[HOPPER_GROUPS_MAX];
     int groups, tiles_n, tiles;
+    int *turns; // see Turns
     bool add;
 } GroupedArgs;
+
+// What a block has in shared memory.
+typedef struct GroupedShared {
+    uint32_t tiles, full, empty; // full, empty: barriers of the stages
+    Turns turns;
+} GroupedShared;
 
 typedef struct GroupTile {
     int group, row, column;
@@ -91,18 +98,21 @@ static __device__ __forceinline__ void load_stage(const GroupedArgs &args, const
 }
 
 template <int COLUMNS, Kind KIND>
-static __device__ __forceinline__ void load_groups(const GroupedArgs &args, uint32_t tiles,
-                                                   uint32_t full, uint32_t empty, int rank) {
-    Ring ring = {0, 1}; // the stages begin empty
-    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
+static __device__ __forceinline__ void
+load_groups(const GroupedArgs &args, const GroupedShared &shared, int next, int rank) {
+    const Turns &turns = shared.turns;
+    Ring ring = {0, 1}, turn = {0, 0}; // the stages begin empty
+    if (rank == 0) send_turn(turns, 0, next);
+    for (int index; (index = next_turn_of_loader(turns, &turn)) < turns.tiles;) {
         const GroupTile tile = tile_of(args, index, COLUMNS);
         const int k_steps = args.k_steps[tile.group];
         for (int step = 0; step < k_steps; step++, advance<GROUPED_STAGES>(&ring)) {
-            const uint32_t loaded = full + 8 * ring.stage;
-            barrier_wait(empty + 8 * ring.stage, ring.phase);
+            const uint32_t loaded = shared.full + 8 * ring.stage;
+            if (rank == 0) pass_turn(turns, turn, step, k_steps, &next);
+            barrier_wait(shared.empty + 8 * ring.stage, ring.phase);
             barrier_expect(loaded, StageOf<COLUMNS, KIND>::BYTES);
             load_stage<COLUMNS, KIND>(args, tile, step * TILE_K, rank,
-                                      tiles + ring.stage * STAGE_BYTES, loaded);
+                                      shared.tiles + ring.stage * STAGE_BYTES, loaded);
         }
     }
 }
@@ -217,17 +227,19 @@ static __device__ __forceinline__ void store_tile(const GroupedArgs &args, const
 // --- The kernel ---------------------------------------------------------------------------------
 
 template <int COLUMNS, Kind KIND>
-static __device__ __forceinline__ void multiply_groups(const GroupedArgs &args, uint32_t tiles,
-                                                       uint32_t full, uint32_t empty, int rank) {
+static __device__ __forceinline__ void multiply_groups(const GroupedArgs &args,
+                                                       const GroupedShared &shared, int rank) {
     const int warpgroup = threadIdx.x / 128 - 1;
     const bool speaker = threadIdx.x % 128 == 0;
-    const uint32_t buffers = tiles + GROUPED_STAGES * STAGE_BYTES + warpgroup * 2 * PIECE_BYTES;
-    Ring ring = {0, 0};
+    const uint32_t buffers =
+        shared.tiles + GROUPED_STAGES * STAGE_BYTES + warpgroup * 2 * PIECE_BYTES;
+    Ring ring = {0, 0}, turn = {0, 0};
     float c[COLUMNS / 2];
-    for (int index = blockIdx.x / CLUSTER; index < args.tiles; index += gridDim.x / CLUSTER) {
+    for (int index; (index = next_turn(shared.turns, &turn)) < shared.turns.tiles;) {
         const GroupTile tile = tile_of(args, index, COLUMNS);
         multiply<GROUPED_STAGES, COLUMNS, COLUMNS, is_gradient(KIND), inner_first(KIND)>(
-            c, args.k_steps[tile.group], &ring, tiles, full, empty, warpgroup, speaker);
+            c, args.k_steps[tile.group], &ring, shared.tiles, shared.full, shared.empty, warpgroup,
+            speaker);
         store_tile<COLUMNS, KIND>(args, tile, c, buffers,
                                   tile.row + rank * BLOCK_ROWS + warpgroup * 64, warpgroup);
     }
@@ -238,21 +250,29 @@ template <int COLUMNS, Kind KIND>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUPED_THREADS, 1)
     grouped_kernel(const __grid_constant__ GroupedArgs args) {
     extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * GROUPED_STAGES];
-    const uint32_t tiles = (shared_address(dynamic) + 1023) & ~1023u;
-    const uint32_t full = shared_address(barriers), empty = full + 8 * GROUPED_STAGES;
+    __shared__ uint64_t barriers[2 * GROUPED_STAGES + TURNS];
+    __shared__ int numbers[TURNS];
+    GroupedShared shared;
+    shared.tiles = (shared_address(dynamic) + 1023) & ~1023u;
+    shared.full = shared_address(barriers);
+    shared.empty = shared.full + 8 * GROUPED_STAGES;
+    shared.turns =
+        Turns{shared_address(numbers), shared.empty + 8 * GROUPED_STAGES, args.turns, args.tiles};
     const int rank = (int)cluster_rank();
+    int first = 0;
     if (threadIdx.x == 0) {
-        init_stages(GROUPED_STAGES, full, empty);
+        if (rank == 0) first = take_turn(shared.turns);
+        init_stages(GROUPED_STAGES, shared.full, shared.empty);
+        init_turns(shared.turns);
         barrier_init_done();
     }
     cluster_sync();
     if (threadIdx.x < 128) {
         registers_give<GROUPED_LOAD_REGISTERS>();
-        if (threadIdx.x == 0) load_groups<COLUMNS, KIND>(args, tiles, full, empty, rank);
+        if (threadIdx.x == 0) load_groups<COLUMNS, KIND>(args, shared, first, rank);
     } else {
         registers_take<GROUPED_MULTIPLY_REGISTERS>();
-        multiply_groups<COLUMNS, KIND>(args, tiles, full, empty, rank);
+        multiply_groups<COLUMNS, KIND>(args, shared, rank);
     }
     __syncwarp();
     cluster_sync(); // the other block may still copy or arrive here
@@ -293,43 +313,23 @@ static bool chip_takes(const CudaBackend *backend, int groups, const int32_t *be
 
 // --- Host: launch -------------------------------------------------------------------------------
 
-static const double UNEVEN = 1.08; // shares, above which a cluster does one tile only
-
-// Each cluster takes every `clusters`th tile: the longest of these shares over the mean one.
-static double unevenness(const GroupedArgs &args, int clusters) {
-    double longest = 0.0, all = 0.0;
-    for (int cluster = 0; cluster < clusters; cluster++) {
-        double share = 0.0;
-        for (int t = cluster, g = 0; t < args.tiles; t += clusters) {
-            while (t >= args.tile_begin[g + 1]) g++;
-            share += args.k_steps[g];
-        }
-        longest = share > longest ? share : longest;
-        all += share;
-    }
-    return longest * clusters / all;
-}
-
 template <int COLUMNS, Kind KIND>
-static Status launch_grouped(CudaBackend *backend, const GroupedArgs &args) {
+static Status launch_grouped(CudaBackend *backend, GroupedArgs *args) {
     auto kernel = grouped_kernel<COLUMNS, KIND>;
     static int known[DEVICES_MAX];
     int clusters;
-    if (args.tiles == 0) return STATUS_OK;
+    if (args->tiles == 0) return STATUS_OK;
     TRY(count_clusters(backend, (const void *)kernel, GROUPED_THREADS, GROUPED_SHARED, known,
                        &clusters));
-    // Where a few groups have most of the rows, and so the longest tiles of gradients, a cluster
-    // per tile lets the chip share them out as it gets free. It costs the overlap of one tile's end
-    // with the next one's beginning.
-    unsigned blocks = blocks_for(backend, args.tiles, args.k_steps[0], clusters);
-    if (unevenness(args, clusters) > UNEVEN) blocks = CLUSTER * (unsigned)args.tiles;
-    kernel<<<blocks, GROUPED_THREADS, GROUPED_SHARED, backend->stream>>>(args);
+    args->turns = backend->turns;
+    kernel<<<blocks_for(args->tiles, clusters), GROUPED_THREADS, GROUPED_SHARED, backend->stream>>>(
+        *args);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }
 
 template <Kind KIND>
-static Status launch_columns(CudaBackend *backend, int columns, const GroupedArgs &args) {
+static Status launch_columns(CudaBackend *backend, int columns, GroupedArgs *args) {
     if (columns == 256) return launch_grouped<256, KIND>(backend, args);
     if (columns == 224) return launch_grouped<224, KIND>(backend, args);
     return launch_grouped<192, KIND>(backend, args);
@@ -383,8 +383,8 @@ Status hopper_rows(CudaBackend *backend, const HopperRows *p) {
         TRY(map_rows(backend, p, order[i], columns, i, &args));
         add_group(&args, rows, p->inner);
     }
-    return p->inner_last ? launch_columns<ROWS_INNER_LAST>(backend, columns, args)
-                         : launch_columns<ROWS_INNER_FIRST>(backend, columns, args);
+    return p->inner_last ? launch_columns<ROWS_INNER_LAST>(backend, columns, &args)
+                         : launch_columns<ROWS_INNER_FIRST>(backend, columns, &args);
 }
 
 // --- Host: gradients ----------------------------------------------------------------------------
@@ -448,6 +448,6 @@ Status hopper_gradient(CudaBackend *backend, const HopperGradient *p) {
         TRY(map_gradient(backend, p, order[i], i, &args));
         add_group(&args, m, rows);
     }
-    return is_transposed(p) ? launch_columns<GRADIENT_TRANSPOSED>(backend, columns, args)
-                            : launch_columns<GRADIENT>(backend, columns, args);
+    return is_transposed(p) ? launch_columns<GRADIENT_TRANSPOSED>(backend, columns, &args)
+                            : launch_columns<GRADIENT>(backend, columns, &args);
 }

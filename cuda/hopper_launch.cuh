@@ -4,9 +4,6 @@
 
 #include "cuda/hopper_product.cuh"
 
-// Steps of TILE_K after which a cluster makes room for others where collectives run beside it.
-enum { STEPS_SHARED = 112 };
-
 typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                                 const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                                 const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -86,22 +83,18 @@ static Status count_clusters(CudaBackend *backend, const void *kernel, int threa
     return STATUS_OK;
 }
 
-// Blocks to launch for `tiles` of `k_steps` each. Blocks that stay for their share of all tiles are
-// late by a whole share where a collective has taken their SMs: short shares let others take over.
-static unsigned blocks_for(const CudaBackend *backend, int tiles, int k_steps, int clusters) {
-    const int share = k_steps < STEPS_SHARED ? STEPS_SHARED / k_steps : 1;
-    const int most = backend->base.beside_collectives ? (int)div_up(tiles, share) : clusters;
-    return CLUSTER * (unsigned)(tiles < most ? tiles : most);
+static unsigned blocks_for(int tiles, int clusters) {
+    return CLUSTER * (unsigned)(tiles < clusters ? tiles : clusters);
 }
 
-template <class Product>
-static Status launch_product(CudaBackend *backend, const Product &product) {
+template <class Product> static Status launch_product(CudaBackend *backend, Product *product) {
     auto kernel = product_kernel<Product>;
     static int known[DEVICES_MAX];
     int clusters;
     TRY(count_clusters(backend, (const void *)kernel, THREADS, SHARED_BYTES, known, &clusters));
-    kernel<<<blocks_for(backend, product.tiles, product.k_steps, clusters), THREADS, SHARED_BYTES,
-             backend->stream>>>(product);
+    product->turns = backend->turns;
+    kernel<<<blocks_for(product->tiles, clusters), THREADS, SHARED_BYTES, backend->stream>>>(
+        *product);
     LAUNCH_TRY(backend);
     return STATUS_OK;
 }

@@ -85,6 +85,7 @@ enum { LOSS_BAND = 16 };
 struct LossProduct {
     CUtensorMap a, b;
     int tiles, k_steps, tiles_m, tiles_n;
+    int *turns;
     int rows, vocab;
     bool again; // with the references that the first time has found to be needed
     const int32_t *targets;
@@ -299,9 +300,9 @@ Status hopper_loss(CudaBackend *backend, const HopperLoss *loss) {
     reference_kernel<<<(unsigned)div_up(loss->rows, ROW_WARPS), ROW_THREADS, 0, backend->stream>>>(
         *loss, row, backend->bad_id);
     LAUNCH_TRY(backend);
-    TRY(launch_product(backend, product));
+    TRY(launch_product(backend, &product));
     product.again = true;
-    TRY(launch_product(backend, product));
+    TRY(launch_product(backend, &product));
     end_kernel<<<(unsigned)div_up(loss->rows, END_ROWS), ROW_THREADS, 0, backend->stream>>>(
         *loss, row, product.tiles_n);
     LAUNCH_TRY(backend);

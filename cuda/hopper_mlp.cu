@@ -13,6 +13,7 @@
 typedef struct MlpArgs {
     CUtensorMap a, b;
     int groups, k_steps, tiles_n, tiles; // tiles: of all groups
+    int *turns;
     int inner, hidden;
     int begin[HOPPER_GROUPS_MAX + 1];
     int tile_begin[HOPPER_GROUPS_MAX + 1];
@@ -240,7 +241,7 @@ template <bool BACKWARD, bool SCALED>
 static Status launch(CudaBackend *backend, const HopperMlp *mlp) {
     MlpProduct<BACKWARD, SCALED> product = {};
     TRY(make_args(backend, mlp, BACKWARD, &product));
-    return launch_product(backend, product);
+    return launch_product(backend, &product);
 }
 
 bool hopper_mlp_takes(const CudaBackend *backend, const HopperMlp *mlp) {

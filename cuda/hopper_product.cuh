@@ -1,7 +1,7 @@
 // The matrix product of the kernels in hopper_*.cu: tiles, the warp that loads, the warpgroups that
 // multiply, and the product in shared memory where they leave it to the warpgroup that finishes it.
 //
-// A block stays on its SM for all of its tiles and has three kinds of warps. One fills shared
+// A block stays on its SM while there are tiles and has three kinds of warps. One fills shared
 // memory through the copy engine. Two warpgroups multiply: 64 rows and all 256 columns each, in
 // registers. They leave the product, rounded, in shared memory and go on with the next tile, while
 // one more warpgroup finishes the last one: it does what the kernel is for and moves the rows, a
@@ -24,6 +24,9 @@ enum {
     TILE_COLUMNS = 256,
     TILE_K = 64, // 128 bytes: one row of the swizzle
     STAGES = 3,
+    STAGES_MAX = 4, // of any kernel here
+    TURNS = 8,      // numbers of tiles that a block remembers
+    TURN_AHEAD = 4, // steps before the end of a tile, when the next one's number is asked for
     BOX_BYTES = 64 * TILE_K * 2, // 64 rows or 64 columns
     A_BYTES = 2 * BOX_BYTES,
     B_BYTES = 4 * BOX_BYTES,
@@ -47,6 +50,7 @@ enum {
 //     struct Example {
 //         CUtensorMap a, b;   // a: rows by inner dimension, in boxes of BLOCK_ROWS rows
 //         int tiles, k_steps; // of a cluster; steps of TILE_K
+//         int *turns;         // see Turns
 //         static constexpr bool B_ROWS;                             // see wgmma
 //         bool idle() const;                                        // nothing to do at all
 //         Tile tile_at(int index) const;
@@ -75,9 +79,25 @@ static __device__ __forceinline__ TilePlace place_in_bands(int index, int tiles_
     return TilePlace{number * band + in_band % height, in_band / height};
 }
 
-// --- The warp that loads -------------------------------------------------------------------------
+// --- Turns ---------------------------------------------------------------------------------------
 
-// Where a stage is in a ring of COUNT, and the parity of its phase.
+// No tile is anybody's own: a cluster takes the next that nobody has, by a counter in device
+// memory. So clusters that get their SMs late, because a collective has them, and those whose tiles
+// take longer leave more to the others. The first block's loader asks for a number while the last
+// steps of the tile before are on their way, and sends it to both blocks, where every kind of warp
+// waits for it.
+//
+// A number is replaced TURNS tiles later. The sender is then at most STAGES_MAX + 1 tiles ahead of
+// what both blocks have multiplied, and that is at most one ahead of what they have finished.
+static_assert(TURNS >= STAGES_MAX + 3, "who has not read a number yet would miss it");
+
+typedef struct Turns {
+    uint32_t numbers, known; // in shared memory: TURNS numbers, and a barrier for each
+    int *counter;            // 0 before and after the kernel
+    int tiles;
+} Turns;
+
+// Where a stage, or a number, is in a ring of COUNT, and the parity of its phase.
 typedef struct Ring {
     int stage;
     uint32_t phase;
@@ -88,17 +108,68 @@ template <int COUNT> static __device__ __forceinline__ void advance(Ring *ring) 
     ring->phase ^= 1;
 }
 
+// The next tile, or at least `tiles` at the end.
+static __device__ __forceinline__ int next_turn(const Turns &turns, Ring *turn) {
+    int number;
+    barrier_wait(turns.known + 8 * turn->stage, turn->phase);
+    asm volatile("ld.shared.b32 %0, [%1];\n"
+                 : "=r"(number)
+                 : "r"(turns.numbers + 4 * turn->stage)
+                 : "memory");
+    advance<TURNS>(turn);
+    return number;
+}
+// The same for a loader, which lets its block's barrier wait for the number.
+static __device__ __forceinline__ int next_turn_of_loader(const Turns &turns, Ring *turn) {
+    barrier_expect(turns.known + 8 * turn->stage, sizeof(int));
+    return next_turn(turns, turn);
+}
+
+static __device__ __forceinline__ int take_turn(const Turns &turns) {
+    return atomicAdd(turns.counter, 1);
+}
+// Every cluster takes one number beyond the tiles; the last of these sets the counter back.
+static __device__ __forceinline__ void send_turn(const Turns &turns, int place, int number) {
+    if (number == turns.tiles + (int)gridDim.x / CLUSTER - 1) *turns.counter = 0;
+#pragma unroll
+    for (int block = 0; block < CLUSTER; block++)
+        send_number(turns.numbers + 4 * place, turns.known + 8 * place, number, block);
+}
+// Before each step of a tile, from the first block's loader: the number after the tile's.
+static __device__ __forceinline__ void pass_turn(const Turns &turns, const Ring &turn, int step,
+                                                 int k_steps, int *next) {
+    if (step == max(k_steps - TURN_AHEAD, 0)) *next = take_turn(turns);
+    if (step == k_steps - 1) send_turn(turns, turn.stage, *next);
+}
+
+static __device__ __forceinline__ void init_turns(const Turns &turns) {
+    for (int i = 0; i < TURNS; i++) barrier_init(turns.known + 8 * i, 1); // the block's loader
+}
+
+// --- The warp that loads -------------------------------------------------------------------------
+
+// What a block has in shared memory.
+typedef struct Shared {
+    uint32_t tiles, product, full, empty; // full, empty: barriers of the stages
+    uint32_t handover;                    // barriers: filled and emptied of both pairs
+    Turns turns;
+} Shared;
+
+// `next`: in the cluster's first block the number of its first tile.
 template <class Product>
-static __device__ __forceinline__ void load_tiles(const Product &product, uint32_t tiles,
-                                                  uint32_t full, uint32_t empty, int rank) {
-    Ring ring = {0, 1}; // the stages begin empty
-    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+static __device__ __forceinline__ void load_tiles(const Product &product, const Shared &shared,
+                                                  int next, int rank) {
+    const Turns &turns = shared.turns;
+    Ring ring = {0, 1}, turn = {0, 0}; // the stages begin empty
+    if (rank == 0) send_turn(turns, 0, next);
+    for (int index; (index = next_turn_of_loader(turns, &turn)) < turns.tiles;) {
         const Tile tile = product.tile_at(index);
         const int row = tile.row + rank * BLOCK_ROWS;
         for (int step = 0; step < product.k_steps; step++, advance<STAGES>(&ring)) {
-            const uint32_t at = tiles + ring.stage * STAGE_BYTES;
-            const uint32_t loaded = full + 8 * ring.stage;
-            barrier_wait(empty + 8 * ring.stage, ring.phase);
+            const uint32_t at = shared.tiles + ring.stage * STAGE_BYTES;
+            const uint32_t loaded = shared.full + 8 * ring.stage;
+            if (rank == 0) pass_turn(turns, turn, step, product.k_steps, &next);
+            barrier_wait(shared.empty + 8 * ring.stage, ring.phase);
             barrier_expect(loaded, STAGE_BYTES);
             copy_box(at, &product.a, step * TILE_K, row, loaded);
 #pragma unroll
@@ -260,11 +331,6 @@ static __device__ __forceinline__ void store_line_if(bool valid, bf16 *to, const
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-typedef struct Shared {
-    uint32_t tiles, product, full, empty; // full, empty: barriers of the stages
-    uint32_t handover;                    // barriers: filled and emptied of both pairs
-} Shared;
-
 static __device__ __forceinline__ Handover handover_of(const Shared &shared, int row) {
     const uint32_t barriers = shared.handover + row / 64 * 16;
     return Handover{barriers, barriers + 8, shared.product + row * 128, 0};
@@ -276,12 +342,14 @@ static __device__ __forceinline__ void multiply_tiles(const Product &product,
     const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
     const bool speaker = threadIdx.x % 128 == 0;
     Handover handover = handover_of(shared, (threadIdx.x / 32 - 4) * 16);
-    Ring ring = {0, 0};
+    Ring ring = {0, 0}, turn = {0, 0};
     float c[TILE_COLUMNS / 2];
-    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+    bool more = next_turn(shared.turns, &turn) < shared.turns.tiles;
+    while (more) {
         // 256 columns in one instruction need more registers than a thread begins with.
         multiply<STAGES, TILE_COLUMNS, 128, false, Product::B_ROWS>(
             c, product.k_steps, &ring, shared.tiles, shared.full, shared.empty, warpgroup, speaker);
+        more = next_turn(shared.turns, &turn) < shared.turns.tiles; // came while it multiplied
         hand_over(c, &handover, lane);
     }
 }
@@ -291,7 +359,8 @@ static __device__ __forceinline__ void finish_tiles(const Product &product, cons
                                                     int rank) {
     const int own_row = (threadIdx.x / 32 - 12) * WARP_ROWS, lane = threadIdx.x & 31;
     Handover handover = handover_of(shared, own_row);
-    for (int index = blockIdx.x / CLUSTER; index < product.tiles; index += gridDim.x / CLUSTER) {
+    Ring turn = {0, 0};
+    for (int index; (index = next_turn(shared.turns, &turn)) < shared.turns.tiles;) {
         const Tile tile = product.tile_at(index);
         product.finish(tile, (int64_t)tile.row + rank * BLOCK_ROWS + own_row, &handover, lane);
         __syncwarp();
@@ -302,6 +371,7 @@ static __device__ __forceinline__ void finish_tiles(const Product &product, cons
 
 static __device__ __forceinline__ void init_barriers(const Shared &shared) {
     init_stages(STAGES, shared.full, shared.empty);
+    init_turns(shared.turns);
     for (int half = 0; half < 2; half++) { // warps
         barrier_init(shared.handover + 16 * half, 4);
         barrier_init(shared.handover + 16 * half + 8, 2);
@@ -313,7 +383,8 @@ template <class Product>
 static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     product_kernel(const __grid_constant__ Product product) {
     extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * STAGES + 4];
+    __shared__ uint64_t barriers[2 * STAGES + 4 + TURNS];
+    __shared__ int numbers[TURNS];
     if (product.idle()) return;
     Shared shared;
     shared.tiles = (shared_address(dynamic) + 1023) & ~1023u;
@@ -321,12 +392,18 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
     shared.full = shared_address(barriers);
     shared.empty = shared.full + 8 * STAGES;
     shared.handover = shared.empty + 8 * STAGES;
+    shared.turns =
+        Turns{shared_address(numbers), shared.handover + 32, product.turns, product.tiles};
     const int rank = (int)cluster_rank(), warpgroup = threadIdx.x / 128;
-    if (threadIdx.x == 0) init_barriers(shared);
+    int first = 0;
+    if (threadIdx.x == 0) {
+        if (rank == 0) first = take_turn(shared.turns);
+        init_barriers(shared);
+    }
     cluster_sync();
     if (warpgroup == 0) {
         registers_give<LOAD_REGISTERS>();
-        if (threadIdx.x == 0) load_tiles(product, shared.tiles, shared.full, shared.empty, rank);
+        if (threadIdx.x == 0) load_tiles(product, shared, first, rank);
     } else if (warpgroup <= 2) {
         registers_take<MULTIPLY_REGISTERS>();
         multiply_tiles(product, shared);
