@@ -142,6 +142,30 @@ static inline int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
+// Launches KERNEL on the compute stream while the kernel ahead of it ends, for which KERNEL waits
+// (grid_dependency_wait) before it touches memory. Where the device does not run code that was made
+// to wait, but older PTX, the launch itself waits as any does.
+template <auto KERNEL, typename... Args>
+static Status launch_early(CudaBackend *backend, dim3 blocks, dim3 threads, Args... args) {
+    static int ptx; // version of the compute capability; the same for every device that runs it
+    if (ptx == 0) {
+        cudaFuncAttributes attributes;
+        CUDA_TRY(backend, cudaFuncGetAttributes(&attributes, KERNEL));
+        ptx = attributes.ptxVersion;
+    }
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.stream = backend->stream;
+    config.attrs = &early;
+    config.numAttrs = ptx >= 90 ? 1 : 0;
+    CUDA_TRY(backend, cudaLaunchKernelEx(&config, KERNEL, args...));
+    return STATUS_OK;
+}
+
 // Calls body with T = float or bf16 by dtype.
 #define DISPATCH_DTYPE(dtype, T, ...)                                                              \
     do {                                                                                           \

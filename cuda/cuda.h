@@ -154,9 +154,9 @@ enum { CUDA_NORM_WIDTH_MAX = 8192 }; // a row fits the registers of a block
 Status cuda_rmsnorm_forward(Backend *, const RmsNormArgs *);
 Status cuda_rmsnorm_backward(Backend *, const RmsNormArgs *);
 size_t cuda_rmsnorm_workspace(const CudaBackend *, const RmsNormArgs *);
-// grad[c] += Σ_r parts[r * stride + c], in a fixed order; grad has the backend's grad_dtype.
+// grad[c] += Σ_r parts[r * stride + c], in a fixed order.
 Status add_column_sums(CudaBackend *backend, const float *parts, int64_t rows, int64_t stride,
-                       int64_t columns, void *grad) NODISCARD;
+                       int64_t columns, DType grad_dtype, void *grad) NODISCARD;
 // linear.cu
 Status cuda_linear_forward(Backend *, const LinearArgs *);
 Status cuda_linear_backward(Backend *, const LinearArgs *);

@@ -64,7 +64,8 @@ static Status add_bias_gradient(CudaBackend *backend, const LinearArgs *args) {
                                                           columns, partial);
     });
     LAUNCH_TRY(backend);
-    return add_column_sums(backend, partial, parts, columns, columns, args->grad_bias);
+    return add_column_sums(backend, partial, parts, columns, columns, backend->base.grad_dtype,
+                           args->grad_bias);
 }
 
 // --- The op -------------------------------------------------------------------------------------

@@ -248,7 +248,8 @@ Status cuda_rmsnorm_backward(Backend *base, const RmsNormArgs *args) {
                  backend->stream>>>(rows);
     });
     LAUNCH_TRY(backend);
-    return add_column_sums(backend, parts, blocks, hidden, hidden, args->grad_weight);
+    return add_column_sums(backend, parts, blocks, hidden, hidden, base->grad_dtype,
+                           args->grad_weight);
 }
 
 // --- Sums of parts -------------------------------------------------------------------------------
@@ -278,34 +279,12 @@ static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_GROUPS)
 }
 static_assert(SUM_COLUMNS == 32 && SUM_GROUPS == 32, "a warp per column, a lane per group");
 
-// Whether the device runs code that was made for it to wait (grid_dependency_wait), not older PTX.
-template <typename G> static Status waits(CudaBackend *backend, bool *out) {
-    static int ptx; // version of the compute capability; the same for every device that runs it
-    if (ptx == 0) {
-        cudaFuncAttributes attributes;
-        CUDA_TRY(backend, cudaFuncGetAttributes(&attributes, column_sums_kernel<G>));
-        ptx = attributes.ptxVersion;
-    }
-    *out = ptx >= 90;
-    return STATUS_OK;
-}
-
 Status add_column_sums(CudaBackend *backend, const float *parts, int64_t rows, int64_t stride,
-                       int64_t columns, void *grad) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)div_up(columns, SUM_COLUMNS));
-    config.blockDim = dim3(SUM_COLUMNS, SUM_GROUPS);
-    config.stream = backend->stream;
-    config.attrs = &early;
-    DISPATCH_DTYPE(backend->base.grad_dtype, G, {
-        bool early_start;
-        TRY(waits<G>(backend, &early_start));
-        config.numAttrs = early_start ? 1 : 0;
-        CUDA_TRY(backend, cudaLaunchKernelEx(&config, column_sums_kernel<G>, parts, rows, stride,
-                                             columns, (G *)grad));
+                       int64_t columns, DType grad_dtype, void *grad) {
+    const dim3 blocks((unsigned)div_up(columns, SUM_COLUMNS)), threads(SUM_COLUMNS, SUM_GROUPS);
+    DISPATCH_DTYPE(grad_dtype, G, {
+        TRY(launch_early<column_sums_kernel<G>>(backend, blocks, threads, parts, rows, stride,
+                                                columns, (G *)grad));
     });
     return STATUS_OK;
 }

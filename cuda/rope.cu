@@ -422,8 +422,10 @@ static Status normed_backward(CudaBackend *backend, const RopeArgs *args) {
         kernel<<<(unsigned)blocks, THREADS, 0, backend->stream>>>(r, frequencies_of(args));
     });
     LAUNCH_TRY(backend);
-    TRY(add_column_sums(backend, parts, blocks, 2 * dim, dim, args->grad_q_norm));
-    return add_column_sums(backend, parts + dim, blocks, 2 * dim, dim, args->grad_k_norm);
+    TRY(add_column_sums(backend, parts, blocks, 2 * dim, dim, backend->base.grad_dtype,
+                        args->grad_q_norm));
+    return add_column_sums(backend, parts + dim, blocks, 2 * dim, dim, backend->base.grad_dtype,
+                           args->grad_k_norm);
 }
 
 Status cuda_rope_backward(Backend *base, const RopeArgs *args) {

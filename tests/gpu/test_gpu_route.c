@@ -231,6 +231,21 @@ static const Shape shapes[] = {
     {400, 256, 64, 8, GATE_STRAIGHT_THROUGH, true, true},
     {300, 1300, 256, 16, GATE_RENORM, true, false},
     {20, 72, 256, 256, GATE_SOFTMAX, false, true},
+    // Either side of the most experts that one kernel does all of, and of the two fewer.
+    {1000, 72, 7, 3, GATE_STRAIGHT_THROUGH, true, false},
+    {2100, 256, 8, 1, GATE_SOFTMAX, true, false},
+    {33, 2048, 8, 4, GATE_RENORM, false, true},
+    {1500, 128, 9, 9, GATE_SOFTMAX, false, false},
+    // A round of a block's tokens, less one and one more.
+    {31, 896, 6, 6, GATE_RENORM, false, true},
+    {32, 100, 6, 1, GATE_STRAIGHT_THROUGH, false, false},
+    {33, 33, 3, 1, GATE_SOFTMAX, true, false},
+    // Several rounds, with a weight that fits and with one that does not.
+    {20011, 264, 6, 1, GATE_STRAIGHT_THROUGH, false, false},
+    {9001, 1032, 6, 2, GATE_RENORM, false, false},
+    // Parts of a tile and of one token more; blocks that choose for more than the fewest tokens.
+    {33000, 40, 6, 1, GATE_SOFTMAX, false, true},
+    {140001, 8, 9, 1, GATE_SOFTMAX, false, false},
 };
 
 int main(void) {
