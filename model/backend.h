@@ -389,9 +389,6 @@ struct Backend {
     DType grad_dtype;        // weight gradients
     int num_threads;         // CPU threads it computes with
     bool can_capture;        // has capture_begin and its kin
-    // Collectives run beside what is called from now on, for unknown times: whoever starts and
-    // awaits them says so.
-    bool beside_collectives;
     // followed by the backend's own state
 };
 

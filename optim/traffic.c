@@ -38,7 +38,6 @@ static Status start_reduce(Traffic *traffic, int bucket) {
         comm, gradients(traffic, bucket), traffic->partition.buckets[bucket].part,
         type_of(traffic, bucket, traffic->model->backend->grad_dtype), &traffic->sent[bucket]));
     remember(traffic, bucket, traffic->sent[bucket]);
-    traffic->model->backend->beside_collectives = true;
     return STATUS_OK;
 }
 
@@ -109,7 +108,6 @@ static Status on_weights(void *context, int64_t end) {
             return STATUS_OK;
         TRY(wait_bucket(traffic, bucket));
     }
-    traffic->model->backend->beside_collectives = false;
     return STATUS_OK;
 }
 
@@ -131,7 +129,6 @@ Status traffic_reduce(Traffic *traffic) {
     else
         TRY(comm->ops->wait(comm, traffic->last));
     if (replicas) TRY(replicas->ops->wait(replicas, traffic->last_replicas));
-    traffic->model->backend->beside_collectives = false;
     traffic->reduced = traffic->collected = 0;
     traffic->first = false;
     return STATUS_OK;
@@ -146,7 +143,6 @@ Status traffic_gather(Traffic *traffic, int bucket) {
     TRY(comm->ops->all_gather(comm, weights, traffic->partition.buckets[bucket].part,
                               type_of(traffic, bucket, dtype), &traffic->gathered[bucket]));
     remember(traffic, bucket, traffic->gathered[bucket]);
-    traffic->model->backend->beside_collectives = true;
     return STATUS_OK;
 }
 

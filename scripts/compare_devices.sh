@@ -111,7 +111,8 @@ same_bits lfuc_bf16 lfuc_again
 for name in lfuc_fp32 lfuc_bf16; do
     "$python" - "$runs/$name/plan/plan.json" "$runs/lfuc_cpu/plan/plan.json" <<'PYTHON'
 import json, sys
-blocks = [json.load(open(path))["blocks"] for path in sys.argv[1:]]
+blocks = [[(block["base"], block["followers"]) for block in json.load(open(path))["blocks"]]
+          for path in sys.argv[1:]]
 if blocks[0] != blocks[1]:
     sys.exit(f"compare_devices: the plans fuse {blocks[0]} and {blocks[1]}")
 print(f"{sys.argv[1]}: the CPU's blocks")

@@ -162,12 +162,8 @@ START_TEST(rows_between_orders_are_timed) {
     ck_assert_ok(profile_create(backend, &profile));
     Backend *watched = profile_backend(profile);
     ck_assert_ok(profile_start(profile, 1));
-    watched->beside_collectives = true; // whoever says so knows this backend only
     ck_assert_ok(watched->ops->gather_rows(watched, &gather));
-    ck_assert(backend->beside_collectives);
-    watched->beside_collectives = false;
     ck_assert_ok(watched->ops->combine_rows(watched, &combine));
-    ck_assert(!backend->beside_collectives);
     ck_assert_ok(profile_stop(profile));
     ck_assert(rows[0] == 3 && rows[1] == 4 && rows[2] == 1 && rows[3] == 2);
     ck_assert(out[0] == 4 && out[1] == 6);

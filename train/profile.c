@@ -38,7 +38,6 @@ static Status reserve(Profile *p, int64_t capacity) {
 }
 
 Status profile_begin(Profile *p, int row) {
-    p->inner->beside_collectives = p->base.beside_collectives; // told to this backend only
     p->inner->ops->range(p->inner, p->names[row]);
     if (!p->recording) return STATUS_OK;
     if (p->num_records == p->capacity) TRY(reserve(p, 2 * p->capacity));

@@ -231,15 +231,15 @@ END_TEST
 START_TEST(checkpoints_fit_any_number_of_gpus) {
     const int worlds[] = {2, 1, gpus_ < 4 ? 2 : 4};
     prepare();
-    GpuJob job = gpu_job("moves", 2);
+    GpuJob job = gpu_job("moves", fewest_);
     for (int i = 0; i < 3; i++) {
-        tiny_set(&job.job.recipe, "train.micro_batch=%d", worlds[i] == 4 ? 1 : 2);
+        tiny_set(&job.job.recipe, "train.micro_batch=%d", 2 * fewest_ / worlds[i] > 1 ? 2 : 1);
         start_with_signal(worlds[i], &job, i < 2 ? 0 : ALL_RANKS, IN_THE_MIDDLE, SIGUSR1);
         ranks_join(worlds[i]);
         for (int r = 0; r < worlds[i]; r++)
             ranks_expect(r, i < 2 ? STATUS_PREEMPTED : STATUS_OK, "");
     }
-    expect_close_losses("whole2", "moves");
+    expect_close_losses(name_of("whole", fewest_), "moves");
 }
 END_TEST
 
