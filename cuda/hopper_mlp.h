@@ -34,8 +34,8 @@ bool hopper_mlp_takes(const CudaBackend *backend, const HopperMlp *mlp);
 int64_t hopper_mlp_partials(int64_t rows, int inner);
 // gate_up = in · weightᵀ, activation = scale·silu(gate)·up of gate and up as stored.
 Status hopper_mlp_forward(CudaBackend *backend, const HopperMlp *mlp) NODISCARD;
-// d = in · weight is the gradient of activation: dgate_up, activation and dscale as
-// swiglu_backward() (swiglu.cuh) makes them from d, which is not rounded here.
+// d = in · weight, rounded to bf16, is the gradient of activation: dgate_up, activation and dscale
+// as swiglu_backward() (swiglu.cuh) makes them from d.
 Status hopper_mlp_backward(CudaBackend *backend, const HopperMlp *mlp) NODISCARD;
 #else // a build without code for these chips
 static inline bool hopper_mlp_takes(const CudaBackend *, const HopperMlp *) {
