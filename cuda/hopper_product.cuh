@@ -88,8 +88,12 @@ static __device__ __forceinline__ TilePlace place_in_bands(int index, int tiles_
 // waits for it.
 //
 // A number is replaced TURNS tiles later. The sender is then at most STAGES_MAX + 1 tiles ahead of
-// what both blocks have multiplied, and that is at most one ahead of what they have finished.
-static_assert(TURNS >= STAGES_MAX + 3, "who has not read a number yet would miss it");
+// what both blocks have multiplied, and that is at most two ahead of what they have finished: one
+// product lies in shared memory while the next is multiplied.
+//
+// The counter needs one such kernel at a time (the compute stream's order), launched as usual, at
+// least one tile and at least one step of each, and idle() to be the same for all blocks.
+static_assert(TURNS >= STAGES_MAX + 4, "who has not read a number yet would miss it");
 
 typedef struct Turns {
     uint32_t numbers, known; // in shared memory: TURNS numbers, and a barrier for each

@@ -154,15 +154,14 @@ static Status append_item(Export *export, SafetensorsWriter *writer, const Item 
 static Status write_file(Export *export, const char *path, size_t first, size_t last) {
     Status status = STATUS_OK;
     SafetensorsWriter *writer = NULL;
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
+    FileHash hash;
     SafetensorsSpec *specs = calloc(last - first, sizeof *specs);
     if (!specs) FAIL(STATUS_INTERNAL, "out of memory writing %s", path);
     for (size_t i = first; i < last; i++) specs[i - first] = export->items[i].spec;
     TRY_GOTO(safetensors_writer_open(path, specs, last - first, NULL, &writer), done);
     for (size_t i = first; i < last; i++)
         TRY_GOTO(append_item(export, writer, &export->items[i]), done);
-    status = safetensors_writer_finish(writer, &bytes, hex);
+    status = safetensors_writer_finish(writer, &hash);
     writer = NULL;
 done:
     safetensors_writer_abort(writer);

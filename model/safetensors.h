@@ -66,10 +66,9 @@ Status safetensors_writer_open(const char *path, const SafetensorsSpec *specs, s
 // The next `count` fp32 elements, converted to the current tensor's dtype.
 Status safetensors_writer_append(SafetensorsWriter *writer, const float *values,
                                  uint64_t count) NODISCARD;
-// Fails unless everything declared was appended; fsyncs; gives size and hash. Frees the writer
+// Fails unless everything declared was appended; fsyncs; gives size and hashes. Frees the writer
 // either way, and removes the file when it fails.
-Status safetensors_writer_finish(SafetensorsWriter *writer, uint64_t *bytes,
-                                 char hex[HASH_HEX_SIZE]) NODISCARD;
+Status safetensors_writer_finish(SafetensorsWriter *writer, FileHash *out) NODISCARD;
 void safetensors_writer_abort(SafetensorsWriter *writer); // closes and unlinks; NULL is fine
 
 #endif

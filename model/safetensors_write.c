@@ -27,7 +27,7 @@ struct SafetensorsWriter {
     int fd;
     bool created; // the file is ours to remove when writing fails
     HashStream *hash;
-    uint64_t bytes_written; // flushed
+    uint64_t data_bytes; // that were declared
     Pending *tensors;
     size_t num_tensors, current;
     uint64_t appended; // elements of the current tensor
@@ -86,13 +86,13 @@ static Status build_header(SafetensorsWriter *writer, const SafetensorsSpec *spe
             FAIL(STATUS_INTERNAL, "%s: out of memory declaring %s", writer->path, specs[i].name);
         begin = end;
     }
+    writer->data_bytes = begin;
     return STATUS_OK;
 }
 
 static Status write_bytes(SafetensorsWriter *writer, const void *data, size_t bytes) {
     TRY(io_write(writer->fd, writer->path, data, bytes));
     hash_stream_update(writer->hash, data, bytes);
-    writer->bytes_written += bytes;
     return STATUS_OK;
 }
 
@@ -104,6 +104,7 @@ static Status write_header(SafetensorsWriter *writer, const json_t *root) {
     uint8_t prefix[LENGTH_BYTES];
     for (int i = 0; i < LENGTH_BYTES; i++) prefix[i] = (uint8_t)((uint64_t)padded >> (8 * i));
 
+    hash_stream_blocks(writer->hash, LENGTH_BYTES + padded + writer->data_bytes);
     Status status = write_bytes(writer, prefix, sizeof prefix);
     if (status == STATUS_OK) status = write_bytes(writer, text, length);
     if (status == STATUS_OK) status = write_bytes(writer, "        ", padded - length);
@@ -209,12 +210,10 @@ static Status finish(SafetensorsWriter *writer) {
     return STATUS_OK;
 }
 
-Status safetensors_writer_finish(SafetensorsWriter *writer, uint64_t *bytes,
-                                 char hex[HASH_HEX_SIZE]) {
+Status safetensors_writer_finish(SafetensorsWriter *writer, FileHash *out) {
     Status status = STATUS_OK;
     TRY_GOTO(finish(writer), failed);
-    *bytes = writer->bytes_written;
-    hash_to_hex(hash_stream_digest(writer->hash), hex);
+    hash_stream_finish(writer->hash, out);
     free_writer(writer);
     return STATUS_OK;
 failed:

@@ -162,19 +162,24 @@ def command(arguments, name, case, work):
     return words
 
 
-def step_times(log):
-    """When each step's line was written."""
+def step_records(log):
+    """The lines of steps."""
     if not log.exists():
         return []
-    times = []
+    records = []
     for line in log.read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             break  # the last line is being written
         if record["kind"] == "step":
-            times.append(record["time"])
-    return times
+            records.append(record)
+    return records
+
+
+def step_times(log):
+    """When each step's line was written."""
+    return [record["time"] for record in step_records(log)]
 
 
 def session_processes(session):

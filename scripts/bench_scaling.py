@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """Tokens per second on 1, 2, 4, ... GPUs of one host, and PyTorch DDP beside it, as a table.
 
-A step has the same 524,288 tokens on any number of GPUs: each has its share, in micro-batches of
-32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself
+A step has the same 524,288 tokens on any number of GPUs: each has its share, in 16 micro-batches
+(--micro-batches; 6 GPUs want 18) of 32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself
 (train --gpus N); the peer is scripts/bench_gpu_peer.py under torchrun, on the largest number of
 GPUs only (bench_gpu.py has one GPU). Everything runs one after the other on the same machine;
 medians over the steps after a warm-up. For the largest number of GPUs --profile and --saves say how
 long a step waits for communication that no computation hides, and how long training stands still
-for a save. --each says what each GPU makes alone while the others do the same: ranks wait for the
+for a save, and --restart how long a run that loses a rank takes to go on. --each says what each GPU makes alone while the others do the same: ranks wait for the
 slowest, and the first need not be it.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
     scripts/bench_scaling.py --build build --set parallel.zero=2
+    scripts/bench_scaling.py --build build --gpus 6 --micro-batches 18 --set parallel.expert=3
     scripts/bench_scaling.py --build build --gpus 4 --cases dense --length 1024
 
 Needs what bench_gpu.py needs. NCCL's variables are handed on.
@@ -21,19 +22,27 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import bench_gpu
 import bench_gpu_shapes as shapes
 
 SCRIPTS = Path(__file__).resolve().parent
-MICRO_TOKENS, MICRO_BATCHES = 1 << 15, 16  # of a step, on all GPUs together: 524,288 tokens
+MICRO_TOKENS = 1 << 15
 AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}      # times one GPU
-SAVE_AT, SAVE_MICRO_BATCHES = 60, 4
+SAVE_AT = 60
+RESTART_AT = 8
+
+
+def step_tokens(arguments):
+    return arguments.micro_batches * MICRO_TOKENS
 
 
 def count_gpus():
@@ -42,8 +51,9 @@ def count_gpus():
     return len(done.stdout.strip().splitlines())
 
 
-def case_of(arguments, model, gpus, micro_batches=MICRO_BATCHES, settings=()):
+def case_of(arguments, model, gpus, micro_batches=None, settings=()):
     batch = MICRO_TOKENS // arguments.length
+    micro_batches = micro_batches or arguments.micro_batches
     return bench_gpu.Case(model, batch, arguments.length, settings=(
         f"train.global_batch={micro_batches * batch}", f"parallel.processes={gpus}", *settings))
 
@@ -51,7 +61,7 @@ def case_of(arguments, model, gpus, micro_batches=MICRO_BATCHES, settings=()):
 def run_ours(arguments, model, gpus, work):
     case = case_of(arguments, model, gpus)
     result = bench_gpu.run_ours(arguments, f"{model}-{gpus}", case, work)
-    result.tokens_per_second *= MICRO_BATCHES  # bench_gpu counts one micro-batch a step
+    result.tokens_per_second *= arguments.micro_batches  # bench_gpu counts one micro-batch a step
     return result
 
 
@@ -84,7 +94,8 @@ def profile(arguments, model, gpus, work):
 def saves(arguments, model, gpus, work):
     """How long a save holds up training, as text: what the steps from the save on take more than
     as many usual ones, while its files are written. Steps are shorter here to have many of them."""
-    case = case_of(arguments, model, gpus, SAVE_MICRO_BATCHES, (f"checkpoint.every={SAVE_AT}",))
+    micro_batches = max(4, gpus)
+    case = case_of(arguments, model, gpus, micro_batches, (f"checkpoint.every={SAVE_AT}",))
     steps = argparse.Namespace(**{**vars(arguments), "warmup": SAVE_AT - 1, "steps": SAVE_AT})
     result = bench_gpu.run_ours(steps, f"{model}-{gpus}-saves", case, work)
     if result.problem:
@@ -92,9 +103,55 @@ def saves(arguments, model, gpus, work):
     seconds = result.details["step_seconds"]
     usual = statistics.median(seconds)
     stall = sum(seconds) - usual * len(seconds)
-    hundred = 100 * usual * MICRO_BATCHES / SAVE_MICRO_BATCHES
+    hundred = 100 * usual * arguments.micro_batches / micro_batches
     return f"{stall:.2f} s a save (slowest step {max(seconds):.2f} s, usual {usual:.2f} s) = " \
-           f"{100 * stall / hundred:.2f} % of 100 steps of {MICRO_BATCHES * MICRO_TOKENS} tokens"
+           f"{100 * stall / hundred:.2f} % of 100 steps of {step_tokens(arguments)} tokens"
+
+
+def last_child(process):
+    """The newest of a process's children: the trainer starts its ranks in their order."""
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return max(int(child) for child in text.split())
+
+
+def wait_for(arguments, process, found):
+    """What `found` returns, once it is something; None when the process ends or takes too long."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < arguments.timeout and process.poll() is None:
+        if result := found():
+            return result
+        time.sleep(0.1)
+    return None
+
+
+def restart(arguments, model, gpus, work):
+    """One rank is killed once there is a checkpoint: how long until a step is made again, as text.
+    The program itself starts all ranks once more."""
+    name = f"{model}-{gpus}-restart"
+    case = case_of(arguments, model, gpus, settings=(f"checkpoint.every={RESTART_AT}",))
+    words = [*bench_gpu.command(arguments, name, case, work), "--max-restarts", "1"]
+    run, output = work / "runs" / name, work / f"{name}.log"
+    shutil.rmtree(run, ignore_errors=True)
+    with open(output, "wb") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+        try:
+            wait_for(arguments, process,
+                     lambda: list((run / "checkpoints").glob("step_*/manifest.json")))
+            last = bench_gpu.step_records(run / "log.jsonl")[-1]["step"]
+            os.kill(last_child(process.pid), signal.SIGKILL)
+            killed = time.time()
+            again = wait_for(arguments, process, lambda: [
+                record for record in bench_gpu.step_records(run / "log.jsonl")
+                if record["time"] > killed and record["step"] <= last])
+        except (IndexError, OSError, ValueError) as error:
+            again, last = None, error
+        finally:
+            bench_gpu.kill_session(process.pid)
+            process.wait()
+    if not again:
+        return f"failed ({last}); see {output}"
+    return f"{again[0]['time'] - killed:.1f} s from the kill after step {last} until step " \
+           f"{again[0]['step']} has been made again"
 
 
 def each_alone(arguments, model, there, work):
@@ -107,9 +164,9 @@ def each_alone(arguments, model, there, work):
             if (work / shared).exists() and not (own / shared).exists():
                 (own / shared).symlink_to(work / shared)
         words = [sys.executable, Path(__file__).resolve(), "--build", arguments.build, "--gpus",
-                 "1", "--cases", model, "--no-peer", "--length", arguments.length, "--warmup",
-                 arguments.warmup, "--steps", arguments.steps, "--timeout", arguments.timeout,
-                 "--work", own]
+                 "1", "--cases", model, "--no-peer", "--length", arguments.length, "--micro-batches",
+                 arguments.micro_batches, "--warmup", arguments.warmup, "--steps", arguments.steps,
+                 "--timeout", arguments.timeout, "--work", own]
         words += [word for setting in arguments.set for word in ("--set", setting)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         running.append(subprocess.Popen([str(word) for word in words], env=environment, text=True,
@@ -128,7 +185,7 @@ def run_peer(arguments, model, gpus):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
              str(gpus), SCRIPTS / "bench_gpu_peer.py", "--model", model, "--batch",
              str(MICRO_TOKENS // arguments.length), "--length", str(arguments.length),
-             "--micro-batches", str(MICRO_BATCHES // gpus),
+             "--micro-batches", str(arguments.micro_batches // gpus),
              "--warmup", str(arguments.warmup), "--steps", str(arguments.steps)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -190,6 +247,9 @@ def run_all(arguments, asked, there, work):
                   f"{profile(arguments, model, gpus, work)}", flush=True)
         if arguments.saves:
             print(f"{model} on {gpus}, a save: {saves(arguments, model, gpus, work)}", flush=True)
+        if arguments.restart:
+            print(f"{model} on {gpus}, a rank killed: {restart(arguments, model, gpus, work)}",
+                  flush=True)
     return rows
 
 
@@ -199,12 +259,14 @@ def main():
     parser.add_argument("--gpus", help="comma-separated; default: 1, 2, 4, ... up to all")
     parser.add_argument("--cases", default="dense,lfuc", help="default: both")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--micro-batches", type=int, default=16, help="of a step, on all GPUs")
     parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="for our trainer; may be repeated")
     parser.add_argument("--profile", action="store_true", help="exposed communication, too")
     parser.add_argument("--saves", action="store_true", help="the cost of a save, too")
+    parser.add_argument("--restart", action="store_true", help="a rank killed, too")
     parser.add_argument("--each", action="store_true", help="each GPU alone, too")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--timeout", type=int, default=500, help="seconds for one side of a case")
@@ -213,15 +275,15 @@ def main():
     there = count_gpus()
     asked = sorted(int(n) for n in arguments.gpus.split(",")) if arguments.gpus else \
         [n for n in (1, 2, 4, 8) if n <= there]
-    wrong = [n for n in asked if n < 1 or n > there or MICRO_BATCHES % n]
+    wrong = [n for n in asked if n < 1 or n > there or arguments.micro_batches % n]
     if wrong:
         parser.error(f"--gpus: {wrong[0]}, but there are {there} GPUs and a step has "
-                     f"{MICRO_BATCHES} micro-batches to divide")
+                     f"{arguments.micro_batches} micro-batches to divide")
     if arguments.length < 1 or MICRO_TOKENS % arguments.length:
         parser.error(f"--length must divide the {MICRO_TOKENS} tokens of a micro-batch")
 
     name = bench_gpu.query("name") or "unknown GPU"
-    print(f"{there} x {name}; {MICRO_BATCHES * MICRO_TOKENS} tokens a step, sequences of "
+    print(f"{there} x {name}; {step_tokens(arguments)} tokens a step, sequences of "
           f"{arguments.length}, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         work = Path(arguments.work or temporary).resolve()

@@ -81,9 +81,11 @@ perplexity() {
         "$runs/$1/result.json"
 }
 evaluated() {
+    local log=$work/evaluate_$2.log
     "$bin/evaluate" --model "$runs/$1/export" --data "$shards/valid" --sequence-length 256 \
-        --sequences 64 --device "$2" --json 2>/dev/null |
-        "$python" -c 'import json, sys; print(json.load(sys.stdin)["perplexity"])'
+        --sequences 64 --device "$2" --json >"$log.json" 2>"$log" ||
+        { tail -5 "$log" >&2; return 1; }
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["perplexity"])' "$log.json"
 }
 
 rm -rf "$shards"
@@ -124,6 +126,7 @@ numbers "perplexity after surgery, bf16 and CPU" \
     "$(perplexity lfuc_bf16)" "$(perplexity lfuc_cpu)" 0.5
 curves lfuc_fp32 lfuc_cpu 0.2
 curves lfuc_bf16 lfuc_cpu 1
-numbers "perplexity of lfuc_cpu's export by evaluate, GPU and CPU" \
-    "$(evaluated lfuc_cpu cuda)" "$(evaluated lfuc_cpu cpu)" 0.5
+on_gpu=$(evaluated lfuc_cpu cuda)
+on_cpu=$(evaluated lfuc_cpu cpu)
+numbers "perplexity of lfuc_cpu's export by evaluate, GPU and CPU" "$on_gpu" "$on_cpu" 0.5
 echo "compare_devices: all within their bounds"

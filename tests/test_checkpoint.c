@@ -166,12 +166,12 @@ static void write_three_ranks(const TinyTrainer *t, const float *arena, int64_t 
         const float *part = arena + bounds[rank];
         const SliceArena arena_part = {part, DTYPE_F32};
         const SliceArena arenas[SLICE_KINDS] = {arena_part, arena_part, arena_part};
-        char name[64], path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
-        uint64_t bytes;
+        char name[64], path[IO_PATH_MAX];
+        FileHash hash;
         ck_assert_ok(slices_file_name(rank, 3, name));
         ck_assert_ok(io_path(path, "%s/%s", directory, name));
         const SliceRange range = {bounds[rank], bounds[rank + 1]};
-        ck_assert_ok(slices_write(path, &t->model->table, &range, 1, arenas, &bytes, hex));
+        ck_assert_ok(slices_write(path, &t->model->table, &range, 1, arenas, &hash));
     }
 }
 
@@ -216,15 +216,14 @@ START_TEST(missing_and_doubled_parts_are_refused) {
     const SliceArena whole = {arena, DTYPE_F32};
     const SliceArena arenas[SLICE_KINDS] = {whole, whole, whole};
     const SliceRange short_one = {1000, 1999}, twice = {999, 2000}, all = {1000, table->total};
-    char hex[HASH_HEX_SIZE];
-    uint64_t bytes;
+    FileHash hash;
     write_three_ranks(&f.t, arena, 1000, 2000);
     ck_assert_ok(io_path(path, "%s/optimizer-00001-of-00003.safetensors", directory));
-    ck_assert_ok(slices_write(path, table, &short_one, 1, arenas, &bytes, hex)); // one short
+    ck_assert_ok(slices_write(path, table, &short_one, 1, arenas, &hash)); // one short
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
-    ck_assert_ok(slices_write(path, table, &twice, 1, arenas, &bytes, hex)); // one twice
+    ck_assert_ok(slices_write(path, table, &twice, 1, arenas, &hash)); // one twice
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
-    ck_assert_ok(slices_write(path, table, &all, 1, arenas, &bytes, hex));
+    ck_assert_ok(slices_write(path, table, &all, 1, arenas, &hash));
     ck_assert_fails(slices_open(directory, table, &set), STATUS_BAD_DATA, "once");
     ck_assert_ok(io_unlink(path));
     ck_assert_fails(slices_open(directory, table, &set), STATUS_MISSING_INPUT, "00001-of-00003");
@@ -235,6 +234,16 @@ END_TEST
 
 // --- Damage --------------------------------------------------------------------------------------
 
+// The byte that was changed is in the range that the message gives.
+static void expect_located(const char *file, size_t position) {
+    const char *range = strstr(status_message(), "in bytes ");
+    unsigned long long begin, last;
+    ck_assert_msg(range != NULL, "%s: %s", file, status_message());
+    ck_assert_int_eq(sscanf(range, "in bytes %llu to %llu", &begin, &last), 2);
+    ck_assert_msg(begin <= position && position <= last && last - begin < HASH_BLOCK_LEAST,
+                  "%s, byte %zu: %s", file, position, status_message());
+}
+
 // After `what` was done to `file` of step 20, that file is named and step 10 is the newest.
 static void expect_fallback(const char *file, const char *what, size_t position) {
     Status status = checkpoint_verify(path_of(20, ""));
@@ -242,6 +251,8 @@ static void expect_fallback(const char *file, const char *what, size_t position)
     // The manifest may lie about any file; what is wrong is named all the same.
     bool named = strstr(status_message(), file) || strcmp(file, MANIFEST_NAME) == 0;
     ck_assert_msg(named, "%s %s at %zu: %s", file, what, position, status_message());
+    if (strcmp(what, "flipped") == 0 && strcmp(file, MANIFEST_NAME) != 0)
+        expect_located(file, position);
     ck_assert_int_eq(newest(), 10);
 }
 
@@ -319,10 +330,14 @@ static void expect_manifest(const char *text, const char *message) {
 
 #define HEX         "0123456789abcdef0123456789abcdef"
 #define ENTRY(name) "{\"name\": \"" name "\", \"bytes\": 1, \"xxh3_128\": \"" HEX "\"}"
-#define FORMAT      "\"format\": \"dense2moe-checkpoint\""
-#define HEAD        "{" FORMAT ", \"version\": 1, \"step\": 1, \"files\": ["
-#define BASIC       ENTRY("model.safetensors") "," ENTRY("state.json")
-#define OPTIMIZER   "optimizer-00000-of-00001.safetensors"
+// 5000 bytes, with hashes of blocks.
+#define BLOCKS(block_bytes, digits)                                                                \
+    "{\"name\": \"blocks\", \"bytes\": 5000, \"xxh3_128\": \"" HEX                                 \
+    "\", \"block_bytes\": " block_bytes ", \"xxh3_64\": \"" digits "\"}]}"
+#define FORMAT    "\"format\": \"dense2moe-checkpoint\""
+#define HEAD      "{" FORMAT ", \"version\": 1, \"step\": 1, \"files\": ["
+#define BASIC     ENTRY("model.safetensors") "," ENTRY("state.json")
+#define OPTIMIZER "optimizer-00000-of-00001.safetensors"
 
 START_TEST(lying_manifests_are_refused) {
     expect_manifest(HEAD BASIC "," ENTRY(OPTIMIZER) "," ENTRY("../../etc/passwd") "]}", "plain");
@@ -338,6 +353,11 @@ START_TEST(lying_manifests_are_refused) {
                     "unexpected");
     expect_manifest(HEAD BASIC "," ENTRY("optimizer-00000-of-00001.bin") "]}", "unexpected");
     expect_manifest(HEAD BASIC "," ENTRY(OPTIMIZER) ", 7]}", "object");
+    expect_manifest(HEAD BASIC "," BLOCKS("4096", "0123456789abcdef"), "each of its blocks");
+    expect_manifest(HEAD BASIC "," BLOCKS("4096", "0123456789ABCDEF0123456789ABCDEF"),
+                    "each of its blocks");
+    expect_manifest(HEAD BASIC "," BLOCKS("8192", "0123456789abcdef"), "block_bytes");
+    expect_manifest(HEAD BASIC "," BLOCKS("0", ""), "block_bytes");
     expect_manifest(HEAD BASIC ",{\"name\": \"x\", \"bytes\": -1, \"xxh3_128\": \"" HEX "\"}]}",
                     "bytes");
     expect_manifest(HEAD BASIC ",{\"name\": \"x\", \"bytes\": 1, \"xxh3_128\": \"12\"}]}",

@@ -87,9 +87,9 @@ static void write_model(Model *model, const char *directory, DType dtype) {
 
 // ids (T) and logits (T, V) of the model, in fp32, which holds any small id exactly.
 static void write_logits(Model *model, const char *directory) {
-    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    char path[IO_PATH_MAX];
     int vocab = model->config.vocab_size;
-    uint64_t bytes;
+    FileHash hash;
     int32_t ids[TOKENS];
     float values[TOKENS], *logits = malloc(sizeof *logits * TOKENS * (size_t)vocab);
     for (int t = 0; t < TOKENS; t++) values[t] = (float)(ids[t] = (t * t + 3 * t + 7) % vocab);
@@ -101,7 +101,7 @@ static void write_logits(Model *model, const char *directory) {
     ck_assert_ok(safetensors_writer_open(path, specs, 2, NULL, &writer));
     ck_assert_ok(safetensors_writer_append(writer, values, TOKENS));
     ck_assert_ok(safetensors_writer_append(writer, logits, (uint64_t)TOKENS * (uint64_t)vocab));
-    ck_assert_ok(safetensors_writer_finish(writer, &bytes, hex));
+    ck_assert_ok(safetensors_writer_finish(writer, &hash));
     free(logits);
 }
 

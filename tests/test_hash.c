@@ -27,10 +27,16 @@ START_TEST(streams_agree_with_buffers) {
     for (size_t step = 1; step < N; step = step * 3 + 1) {
         HashStream *stream;
         ck_assert_ok(hash_stream_create(&stream));
+        hash_stream_blocks(stream, N);
         for (size_t done = 0; done < N; done += step)
             hash_stream_update(stream, data + done, N - done < step ? N - done : step);
         Hash128 streamed = hash_stream_digest(stream), whole = hash_bytes(data, N);
         ck_assert(streamed.high == whole.high && streamed.low == whole.low);
+        FileHash in_pieces, at_once;
+        hash_stream_finish(stream, &in_pieces);
+        ck_assert_ok(hash_content(data, N, &at_once));
+        ck_assert_int_eq(in_pieces.num_blocks, 3);
+        ck_assert_mem_eq(&in_pieces, &at_once, sizeof at_once);
         hash_stream_free(stream);
     }
     hash_stream_free(NULL);
@@ -78,6 +84,52 @@ START_TEST(one_bit_changes_the_hash) {
 }
 END_TEST
 
+START_TEST(a_block_has_a_size_that_256_of_them_suffice_with) {
+    static const uint64_t sizes[][2] = {
+        {0, 4096}, {1, 4096}, {1 << 20, 4096}, {(1 << 20) + 1, 8192}, {2 << 20, 8192}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        ck_assert_uint_eq(hash_block_bytes(sizes[i][0]), sizes[i][1]);
+    for (int bit = 0; bit < 64; bit++) {
+        const uint64_t bytes = UINT64_MAX >> bit, block = hash_block_bytes(bytes);
+        ck_assert(block % HASH_BLOCK_LEAST == 0 && bytes / block <= HASH_BLOCKS_MAX);
+        ck_assert(bytes / block < HASH_BLOCKS_MAX || bytes % block == 0);
+    }
+}
+END_TEST
+
+// A content, in pieces of any size and in a file, has the same blocks; a changed byte is in the
+// first that differs.
+START_TEST(blocks_say_where_a_file_has_changed) {
+    static const size_t sizes[] = {1, 4095, 4096, 4097, 20000, 1 << 20, (1 << 20) + 5000};
+    char path[IO_PATH_MAX];
+    ck_assert_ok(io_path(path, "%s/blocks", test_directory()));
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        const size_t bytes = sizes[i];
+        unsigned char *data = pattern(bytes);
+        FileHash whole, found;
+        uint64_t begin, end;
+        ck_assert_ok(hash_content(data, bytes, &whole));
+        ck_assert_uint_eq(whole.bytes, bytes);
+        ck_assert_uint_eq((uint64_t)whole.num_blocks,
+                          (bytes + whole.block_bytes - 1) / whole.block_bytes);
+        for (int turn = 0; turn < 8; turn++) {
+            const size_t at = turn < 7 ? bytes / 7 * (size_t)turn : bytes - 1;
+            data[at] ^= 4;
+            ck_assert_ok(io_write_file_atomic(path, data, bytes));
+            ck_assert_ok(hash_file_like(path, &whole, &found));
+            ck_assert(hash_first_difference(&found, &whole, &begin, &end));
+            ck_assert(begin <= at && at < end && end <= bytes && end - begin <= whole.block_bytes);
+            data[at] ^= 4;
+        }
+        ck_assert_ok(io_write_file_atomic(path, data, bytes));
+        ck_assert_ok(hash_file_like(path, &whole, &found));
+        ck_assert(!hash_first_difference(&found, &whole, &begin, &end));
+        ck_assert_str_eq(found.hex, whole.hex);
+        free(data);
+    }
+}
+END_TEST
+
 START_TEST(missing_files_and_directories_are_named) {
     char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
     uint64_t bytes;
@@ -90,4 +142,5 @@ END_TEST
 
 TEST_MAIN("hash", TEST(known_values), TEST(streams_agree_with_buffers),
           TEST(files_agree_with_buffers), TEST(one_bit_changes_the_hash),
-          TEST(missing_files_and_directories_are_named))
+          TEST(a_block_has_a_size_that_256_of_them_suffice_with),
+          TEST(blocks_say_where_a_file_has_changed), TEST(missing_files_and_directories_are_named))

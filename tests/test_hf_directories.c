@@ -10,8 +10,7 @@
 // Writes weight file `path` with tensors of F32 ones.
 static void write_tensors(const char *path, const SafetensorsSpec *specs, size_t count) {
     SafetensorsWriter *writer;
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
+    FileHash hash;
     ck_assert_ok(safetensors_writer_open(path, specs, count, NULL, &writer));
     for (size_t i = 0; i < count; i++) {
         int64_t elements = 1;
@@ -19,7 +18,7 @@ static void write_tensors(const char *path, const SafetensorsSpec *specs, size_t
         for (int64_t k = 0; k < elements; k++)
             ck_assert_ok(safetensors_writer_append(writer, &(float){(float)k}, 1));
     }
-    ck_assert_ok(safetensors_writer_finish(writer, &bytes, hex));
+    ck_assert_ok(safetensors_writer_finish(writer, &hash));
 }
 
 static const char one_layer[] =

@@ -158,7 +158,7 @@ static float *make_values(size_t count) {
 }
 
 // Writes w (ROWS, COLUMNS) of each type, an empty tensor and a scalar, appending in pieces.
-static void write_example(const char *path, size_t piece, char hex[HASH_HEX_SIZE]) {
+static FileHash write_example(const char *path, size_t piece) {
     const SafetensorsSpec specs[] = {
         {"w.F32", DTYPE_F32, 2, {ROWS, COLUMNS}},
         {"none", DTYPE_F32, 2, {0, 5}},
@@ -177,17 +177,18 @@ static void write_example(const char *path, size_t piece, char hex[HASH_HEX_SIZE
         }
     }
     ck_assert_ok(safetensors_writer_append(writer, &(float){2.5f}, 1));
-    uint64_t bytes, real_bytes;
-    ck_assert_ok(safetensors_writer_finish(writer, &bytes, hex));
-    ck_assert_ok(io_file_size(path, &real_bytes));
-    ck_assert_uint_eq(bytes, real_bytes);
+    FileHash hash;
+    uint64_t bytes;
+    ck_assert_ok(safetensors_writer_finish(writer, &hash));
+    ck_assert_ok(io_file_size(path, &bytes));
+    ck_assert_uint_eq(hash.bytes, bytes);
     free(values);
+    return hash;
 }
 
 START_TEST(round_trip_in_every_type) {
-    char hex[HASH_HEX_SIZE];
     const char *path = file_path("round_trip.safetensors");
-    write_example(path, COUNT, hex);
+    write_example(path, COUNT);
     SafetensorsFile file;
     ck_assert_ok(safetensors_open(path, &file));
     ck_assert_uint_eq(file.header.count, 5);
@@ -228,9 +229,8 @@ START_TEST(special_values_survive) {
     ck_assert_ok(safetensors_writer_open(path, specs, 2, NULL, &writer));
     ck_assert_ok(safetensors_writer_append(writer, values, 5));
     ck_assert_ok(safetensors_writer_append(writer, values, 5));
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
-    ck_assert_ok(safetensors_writer_finish(writer, &bytes, hex));
+    FileHash hash;
+    ck_assert_ok(safetensors_writer_finish(writer, &hash));
 
     SafetensorsFile file;
     ck_assert_ok(safetensors_open(path, &file));
@@ -249,14 +249,21 @@ START_TEST(special_values_survive) {
 }
 END_TEST
 
+static void expect_equal_hashes(const FileHash *a, const FileHash *b) {
+    ck_assert_str_eq(a->hex, b->hex);
+    ck_assert_uint_eq(a->block_bytes, b->block_bytes);
+    ck_assert_int_eq(a->num_blocks, b->num_blocks);
+    ck_assert_mem_eq(a->blocks, b->blocks, (size_t)a->num_blocks * sizeof a->blocks[0]);
+}
+
 START_TEST(equal_input_gives_equal_bytes) {
-    char first[HASH_HEX_SIZE], second[HASH_HEX_SIZE], of_file[HASH_HEX_SIZE];
-    uint64_t bytes;
-    write_example(file_path("a.safetensors"), COUNT, first);
-    write_example(file_path("b.safetensors"), 1001, second); // other pieces
-    ck_assert_str_eq(first, second);
-    ck_assert_ok(hash_file(file_path("b.safetensors"), of_file, &bytes, NULL, NULL));
-    ck_assert_str_eq(first, of_file); // the running hash is the file's
+    const FileHash first = write_example(file_path("a.safetensors"), COUNT);
+    const FileHash second = write_example(file_path("b.safetensors"), 1001); // other pieces
+    FileHash of_file;
+    ck_assert_ok(hash_file_like(file_path("b.safetensors"), &second, &of_file));
+    ck_assert_int_gt(first.num_blocks, 1);
+    expect_equal_hashes(&first, &second);
+    expect_equal_hashes(&first, &of_file); // the running hashes are the file's
 }
 END_TEST
 
@@ -264,13 +271,11 @@ START_TEST(writer_wants_exactly_what_was_declared) {
     const char *path = file_path("partial.safetensors");
     const SafetensorsSpec spec = {"t", DTYPE_F32, 1, {4}};
     const float values[5] = {1, 2, 3, 4, 5};
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
+    FileHash hash;
     SafetensorsWriter *writer;
     ck_assert_ok(safetensors_writer_open(path, &spec, 1, NULL, &writer));
     ck_assert_ok(safetensors_writer_append(writer, values, 3));
-    ck_assert_fails(safetensors_writer_finish(writer, &bytes, hex), STATUS_INTERNAL,
-                    "tensor t: 3 of 4");
+    ck_assert_fails(safetensors_writer_finish(writer, &hash), STATUS_INTERNAL, "tensor t: 3 of 4");
     ck_assert(!io_exists(path)); // nothing half-written stays
 
     ck_assert_ok(safetensors_writer_open(path, &spec, 1, NULL, &writer));
@@ -296,8 +301,7 @@ START_TEST(a_full_disk_is_reported) {
     const char *path = file_path("full.safetensors");
     const SafetensorsSpec spec = {"t", DTYPE_F32, 1, {4}};
     const float values[4] = {1, 2, 3, 4};
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
+    FileHash hash;
     SafetensorsWriter *writer;
     DiskFull disk = {0};
     io_set_hook(disk_full, &disk);
@@ -306,7 +310,7 @@ START_TEST(a_full_disk_is_reported) {
     disk.writes_left = 3; // length, text, padding; the data no longer fits
     ck_assert_ok(safetensors_writer_open(path, &spec, 1, NULL, &writer));
     ck_assert_ok(safetensors_writer_append(writer, values, 4));
-    ck_assert_fails(safetensors_writer_finish(writer, &bytes, hex), STATUS_IO, "full");
+    ck_assert_fails(safetensors_writer_finish(writer, &hash), STATUS_IO, "full");
     io_set_hook(NULL, NULL);
     ck_assert(!io_exists(path));
 }

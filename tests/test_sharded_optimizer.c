@@ -104,7 +104,7 @@ static Status step(Rank *r, int64_t number) {
 
 static Status save_together(Rank *r, const CheckpointOptions *options) {
     CheckpointWriter *writer;
-    CheckpointPart parts[RANKS_MAX] = {{0}};
+    FileHash parts[RANKS_MAX] = {{0}};
     json_t *state = json_pack("{s:i}", "step", STEPS);
     TRY(checkpoint_writer_create(r->model, r->optimizer, options, &writer));
     TRY(checkpoint_begin(writer, STEPS, state));

@@ -14,19 +14,32 @@
 enum { STATE_MAX_BYTES = 1 << 30, CHUNK_ELEMENTS = 1 << 20 };
 
 static Status verify_file(const char *directory, const ManifestFile *file, bool hash) {
-    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
-    uint64_t bytes;
+    const FileHash *written = &file->hash;
+    char path[IO_PATH_MAX];
+    uint64_t bytes, begin, end;
+    FileHash found;
     TRY(io_path(path, "%s/%s", directory, file->name));
     TRY(io_file_size(path, &bytes));
-    if (bytes != file->bytes)
+    if (bytes != written->bytes)
         FAIL(STATUS_BAD_DATA, "%s: has %" PRIu64 " bytes, its manifest says %" PRIu64, path, bytes,
-             file->bytes);
+             written->bytes);
     if (!hash) return STATUS_OK;
-    TRY(hash_file(path, hex, &bytes, NULL, NULL));
-    if (strcmp(hex, file->hex) != 0)
-        FAIL(STATUS_BAD_DATA, "%s: content has hash %s, its manifest says %s", path, hex,
-             file->hex);
-    return STATUS_OK;
+    TRY(hash_file_like(path, written, &found));
+    const bool same = strcmp(found.hex, written->hex) == 0;
+    const bool located = hash_first_difference(&found, written, &begin, &end);
+    if (same && !located) return STATUS_OK;
+    if (same)
+        FAIL(STATUS_BAD_DATA,
+             "%s: its manifest contradicts itself: the hash of all is right, that of bytes %" PRIu64
+             " to %" PRIu64 " is not",
+             path, begin, end - 1);
+    if (!located)
+        FAIL(STATUS_BAD_DATA, "%s: content has hash %s, its manifest says %s", path, found.hex,
+             written->hex);
+    FAIL(STATUS_BAD_DATA,
+         "%s: content has hash %s, its manifest says %s; the first change is in bytes %" PRIu64
+         " to %" PRIu64,
+         path, found.hex, written->hex, begin, end - 1);
 }
 
 static Status verify_files(const char *path, const Manifest *manifest) {

@@ -64,14 +64,10 @@ bool checkpoint_busy(CheckpointWriter *writer);
 // Waits for the save in flight and returns how it ended; STATUS_OK when there is none.
 Status checkpoint_wait(CheckpointWriter *writer) NODISCARD;
 // What a rank's optimizer file turned out to be, once checkpoint_wait has returned STATUS_OK.
-typedef struct CheckpointPart {
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
-} CheckpointPart;
-CheckpointPart checkpoint_part(const CheckpointWriter *writer);
+FileHash checkpoint_part(const CheckpointWriter *writer);
 // Rank 0, when every rank has written: starts the thread that makes the checkpoint visible and
 // deletes old ones; checkpoint_wait says how it went. `parts` is (world), copied.
-Status checkpoint_publish(CheckpointWriter *writer, const CheckpointPart *parts) NODISCARD;
+Status checkpoint_publish(CheckpointWriter *writer, const FileHash *parts) NODISCARD;
 // Rank 0, when some rank has not: removes what all ranks have written. Only while none writes.
 void checkpoint_discard(CheckpointWriter *writer);
 void checkpoint_writer_destroy(CheckpointWriter *writer); // waits; NULL is fine

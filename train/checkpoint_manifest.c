@@ -3,6 +3,7 @@
 // leaves out a file that loading needs is as broken as one whose hashes are wrong.
 #include "train/checkpoint_manifest.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,8 +13,7 @@
 enum { MANIFEST_VERSION = 1, MANIFEST_MAX_BYTES = 64 << 20 };
 static const char format_name[] = "dense2moe-checkpoint";
 
-Status manifest_add(Manifest *manifest, const char *name, uint64_t bytes,
-                    const char hex[HASH_HEX_SIZE]) {
+Status manifest_add(Manifest *manifest, const char *name, const FileHash *hash) {
     size_t count = (size_t)manifest->count + 1;
     ManifestFile *grown = realloc(manifest->files, count * sizeof *grown);
     if (!grown) FAIL(STATUS_INTERNAL, "out of memory for the manifest");
@@ -21,8 +21,7 @@ Status manifest_add(Manifest *manifest, const char *name, uint64_t bytes,
     ManifestFile *file = &grown[manifest->count++];
     INVARIANT(strlen(name) < sizeof file->name);
     strcpy(file->name, name);
-    file->bytes = bytes;
-    memcpy(file->hex, hex, sizeof file->hex);
+    file->hash = *hash;
     return STATUS_OK;
 }
 
@@ -31,15 +30,30 @@ void manifest_free(Manifest *manifest) {
     *manifest = (Manifest){0};
 }
 
+enum { BLOCK_DIGITS = 16 };
+
+static json_t *file_to_json(const ManifestFile *file) {
+    const FileHash *hash = &file->hash;
+    char blocks[BLOCK_DIGITS * HASH_BLOCKS_MAX + 1] = "";
+    json_t *object = json_pack("{s:s, s:I, s:s}", "name", file->name, "bytes",
+                               (json_int_t)hash->bytes, "xxh3_128", hash->hex);
+    if (!object || hash->block_bytes == 0) return object;
+    for (int i = 0; i < hash->num_blocks; i++)
+        snprintf(blocks + BLOCK_DIGITS * i, BLOCK_DIGITS + 1, "%016" PRIx64, hash->blocks[i]);
+    if (json_object_set_new(object, "block_bytes", json_integer((json_int_t)hash->block_bytes)) ==
+            0 &&
+        json_object_set_new(object, "xxh3_64", json_string(blocks)) == 0)
+        return object;
+    json_decref(object);
+    return NULL;
+}
+
 Status manifest_write(const Manifest *manifest, const char *directory) {
     char path[IO_PATH_MAX];
     TRY(io_path(path, "%s/" MANIFEST_NAME, directory));
     json_t *files = json_array();
-    for (int i = 0; i < manifest->count; i++) {
-        const ManifestFile *file = &manifest->files[i];
-        json_array_append_new(files, json_pack("{s:s, s:I, s:s}", "name", file->name, "bytes",
-                                               (json_int_t)file->bytes, "xxh3_128", file->hex));
-    }
+    for (int i = 0; i < manifest->count; i++)
+        json_array_append_new(files, file_to_json(&manifest->files[i]));
     json_t *root = json_pack("{s:s, s:i, s:I, s:o}", "format", format_name, "version",
                              MANIFEST_VERSION, "step", (json_int_t)manifest->step, "files", files);
     bool complete = root && json_array_size(files) == (size_t)manifest->count;
@@ -58,19 +72,45 @@ static const ManifestFile *find(const Manifest *manifest, const char *name) {
     return NULL;
 }
 
+static Status read_blocks(const json_t *object, const char *name, ManifestFile *file) {
+    FileHash *hash = &file->hash;
+    char text[BLOCK_DIGITS * HASH_BLOCKS_MAX + 1];
+    int64_t block_bytes;
+    if (!json_object_get(object, "block_bytes") && !json_object_get(object, "xxh3_64"))
+        return STATUS_OK;
+    TRY(json_get_int(object, name, "block_bytes", 1, INT64_MAX, &block_bytes));
+    TRY(json_get_text(object, name, "xxh3_64", text, sizeof text));
+    hash->block_bytes = hash_block_bytes(hash->bytes);
+    if ((uint64_t)block_bytes != hash->block_bytes)
+        FAIL(STATUS_BAD_DATA, "%s: block_bytes of %s is %" PRId64 ", expected %" PRIu64, name,
+             file->name, block_bytes, hash->block_bytes);
+    const uint64_t blocks = (hash->bytes + hash->block_bytes - 1) / hash->block_bytes;
+    const size_t digits = strspn(text, "0123456789abcdef");
+    if (text[digits] || digits != BLOCK_DIGITS * blocks)
+        FAIL(STATUS_BAD_DATA, "%s: xxh3_64 of %s is not %d hex digits for each of its blocks", name,
+             file->name, BLOCK_DIGITS);
+    hash->num_blocks = (int)blocks;
+    for (int i = 0; i < hash->num_blocks; i++)
+        (void)sscanf(text + BLOCK_DIGITS * i, "%16" SCNx64, &hash->blocks[i]);
+    return STATUS_OK;
+}
+
 static Status read_file_entry(const json_t *object, const char *name, Manifest *manifest) {
-    ManifestFile file;
+    ManifestFile file = {0};
+    FileHash *hash = &file.hash;
     int64_t bytes;
     if (!json_is_object(object)) FAIL(STATUS_BAD_DATA, "%s: a file is not an object", name);
     TRY(json_get_text(object, name, "name", file.name, sizeof file.name));
     TRY(json_get_int(object, name, "bytes", 0, INT64_MAX, &bytes));
-    TRY(json_get_text(object, name, "xxh3_128", file.hex, sizeof file.hex));
+    TRY(json_get_text(object, name, "xxh3_128", hash->hex, sizeof hash->hex));
     if (!file.name[0] || file.name[0] == '.' || strchr(file.name, '/'))
         FAIL(STATUS_BAD_DATA, "%s: \"%s\" is not a plain file name", name, file.name);
-    if (strlen(file.hex) != HASH_HEX_SIZE - 1)
+    if (strlen(hash->hex) != HASH_HEX_SIZE - 1)
         FAIL(STATUS_BAD_DATA, "%s: xxh3_128 of %s is \"%s\", expected 32 hex digits", name,
-             file.name, file.hex);
-    return manifest_add(manifest, file.name, (uint64_t)bytes, file.hex);
+             file.name, hash->hex);
+    hash->bytes = (uint64_t)bytes;
+    TRY(read_blocks(object, name, &file));
+    return manifest_add(manifest, file.name, hash);
 }
 
 static int by_name(const void *a, const void *b) {

@@ -1,6 +1,8 @@
 // manifest.json: what a checkpoint consists of. Its presence makes a directory a checkpoint.
 //   {"format": "dense2moe-checkpoint", "version": 1, "step": 1000,
-//    "files": [{"name": "model.safetensors", "bytes": 123, "xxh3_128": "<32 hex digits>"}, ...]}
+//    "files": [{"name": "model.safetensors", "bytes": 123, "xxh3_128": "<32 hex digits>",
+//               "block_bytes": 4096, "xxh3_64": "<16 hex digits of each block>"}, ...]}
+// The last two are not there in manifests of earlier programs.
 #ifndef TRAIN_CHECKPOINT_MANIFEST_H
 #define TRAIN_CHECKPOINT_MANIFEST_H
 
@@ -15,8 +17,7 @@ enum { MANIFEST_FILE_NAME_MAX = 64 };
 
 typedef struct ManifestFile {
     char name[MANIFEST_FILE_NAME_MAX];
-    uint64_t bytes;
-    char hex[HASH_HEX_SIZE];
+    FileHash hash;
 } ManifestFile;
 
 typedef struct Manifest {
@@ -25,8 +26,7 @@ typedef struct Manifest {
     int count;
 } Manifest;
 
-Status manifest_add(Manifest *manifest, const char *name, uint64_t bytes,
-                    const char hex[HASH_HEX_SIZE]) NODISCARD;
+Status manifest_add(Manifest *manifest, const char *name, const FileHash *hash) NODISCARD;
 Status manifest_write(const Manifest *manifest, const char *directory) NODISCARD;
 // Names are plain file names, given once, and cover model, state and all optimizer files of one
 // number of ranks. `name` is for messages. The fuzz target's entry.

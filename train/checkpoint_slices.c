@@ -100,8 +100,7 @@ static Status append_parts(SafetensorsWriter *writer, const SlicePart *parts, in
 }
 
 Status slices_write(const char *path, const TensorTable *table, const SliceRange *ranges,
-                    int num_ranges, const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
-                    char hex[HASH_HEX_SIZE]) {
+                    int num_ranges, const SliceArena arenas[SLICE_KINDS], FileHash *out) {
     Status status = STATUS_OK;
     SafetensorsWriter *writer = NULL;
     size_t most = (size_t)most_parts(table, ranges, num_ranges) + 1, used = 0;
@@ -118,7 +117,7 @@ Status slices_write(const char *path, const TensorTable *table, const SliceRange
     if (status != STATUS_OK)
         safetensors_writer_abort(writer);
     else
-        status = safetensors_writer_finish(writer, bytes, hex);
+        status = safetensors_writer_finish(writer, out);
 done:
     free(names);
     free(specs);

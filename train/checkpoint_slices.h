@@ -31,10 +31,9 @@ typedef struct SliceArena {
     const void *values;
     DType dtype;
 } SliceArena;
-// Writes the ranges, which rise and do not overlap. Gives the file's size and hash.
+// Writes the ranges, which rise and do not overlap. Gives the file's size and hashes.
 Status slices_write(const char *path, const TensorTable *table, const SliceRange *ranges,
-                    int num_ranges, const SliceArena arenas[SLICE_KINDS], uint64_t *bytes,
-                    char hex[HASH_HEX_SIZE]) NODISCARD;
+                    int num_ranges, const SliceArena arenas[SLICE_KINDS], FileHash *out) NODISCARD;
 
 typedef struct SliceEntry {
     SliceKind kind;

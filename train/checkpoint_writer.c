@@ -40,7 +40,7 @@ struct CheckpointWriter {
     char *state_text; // state.json of the save in flight
     int64_t step;
     Manifest manifest; // of the save in flight: what this rank has written
-    CheckpointPart part;
+    FileHash part;     // this rank's optimizer file
     bool running;      // the thread must be joined
     atomic_bool ended; // joining it will not block
     pthread_t thread;
@@ -76,12 +76,13 @@ Status checkpoint_plan(const TensorTable *table, const TensorTable *whole, DType
 
 static Status write_text(const char *directory, const char *name, const char *text,
                          Manifest *manifest) {
-    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
+    char path[IO_PATH_MAX];
+    FileHash hash;
     size_t bytes = strlen(text);
     TRY(io_path(path, "%s/%s", directory, name));
     TRY(io_write_file_atomic(path, text, bytes));
-    hash_to_hex(hash_bytes(text, bytes), hex);
-    return manifest_add(manifest, name, bytes, hex);
+    TRY(hash_content(text, bytes, &hash));
+    return manifest_add(manifest, name, &hash);
 }
 
 // From the working copy, whose body may be narrower than what the writer takes.
@@ -115,8 +116,7 @@ static Status append_weights(SafetensorsWriter *file, const CheckpointWriter *wr
     return STATUS_OK;
 }
 
-static Status write_weights(const CheckpointWriter *writer, const char *path, uint64_t *bytes,
-                            char hex[HASH_HEX_SIZE]) {
+static Status write_weights(const CheckpointWriter *writer, const char *path, FileHash *hash) {
     const TensorTable *table = writer->table;
     SafetensorsWriter *file = NULL;
     SafetensorsSpec *specs = calloc((size_t)table->count, sizeof *specs);
@@ -131,7 +131,7 @@ static Status write_weights(const CheckpointWriter *writer, const char *path, ui
     free(specs);
     TRY(status);
     status = append_weights(file, writer);
-    if (status == STATUS_OK) return safetensors_writer_finish(file, bytes, hex);
+    if (status == STATUS_OK) return safetensors_writer_finish(file, hash);
     safetensors_writer_abort(file);
     return status;
 }
@@ -140,7 +140,6 @@ static Status write_weights(const CheckpointWriter *writer, const char *path, ui
 static Status write_slices(CheckpointWriter *writer, const char *directory) {
     SliceArena arenas[SLICE_KINDS];
     char path[IO_PATH_MAX], name[64];
-    CheckpointPart *part = &writer->part;
     for (int kind = 0; kind < SLICE_KINDS; kind++)
         arenas[kind] =
             (SliceArena){writer->snapshot[kind],
@@ -148,16 +147,16 @@ static Status write_slices(CheckpointWriter *writer, const char *directory) {
     TRY(slices_file_name(writer->options.rank, writer->options.world, name));
     TRY(io_path(path, "%s/%s", directory, name));
     return slices_write(path, &writer->model->table, writer->ranges, writer->num_ranges, arenas,
-                        &part->bytes, part->hex);
+                        &writer->part);
 }
 
 static Status write_files(CheckpointWriter *writer, const char *directory) {
-    char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
-    uint64_t bytes;
+    char path[IO_PATH_MAX];
+    FileHash hash;
     if (writer->options.rank > 0) return write_slices(writer, directory);
     TRY(io_path(path, "%s/model.safetensors", directory));
-    TRY(write_weights(writer, path, &bytes, hex));
-    TRY(manifest_add(&writer->manifest, "model.safetensors", bytes, hex));
+    TRY(write_weights(writer, path, &hash));
+    TRY(manifest_add(&writer->manifest, "model.safetensors", &hash));
     TRY(write_slices(writer, directory));
     if (writer->config_text)
         TRY(write_text(directory, "config.json", writer->config_text, &writer->manifest));
@@ -215,7 +214,7 @@ static Status publish(CheckpointWriter *writer) {
 
 // A rank that writes to a disk of its own says that all went well, too.
 static Status check_part_is_here(const CheckpointWriter *writer, const char *name, int rank,
-                                 const CheckpointPart *part) {
+                                 const FileHash *part) {
     char temp[IO_PATH_MAX], path[IO_PATH_MAX];
     uint64_t bytes;
     TRY(temporary_path(writer, temp));
@@ -228,11 +227,11 @@ static Status check_part_is_here(const CheckpointWriter *writer, const char *nam
          path, rank);
 }
 
-static Status add_part(CheckpointWriter *writer, int rank, const CheckpointPart *part) {
+static Status add_part(CheckpointWriter *writer, int rank, const FileHash *part) {
     char name[64];
     TRY(slices_file_name(rank, writer->options.world, name));
     if (rank > 0) TRY(check_part_is_here(writer, name, rank, part));
-    return manifest_add(&writer->manifest, name, part->bytes, part->hex);
+    return manifest_add(&writer->manifest, name, part);
 }
 
 // With one rank there is nobody to wait for between writing and publishing.
@@ -421,11 +420,11 @@ Status checkpoint_start(CheckpointWriter *writer) {
     return start_thread(writer, save_thread);
 }
 
-CheckpointPart checkpoint_part(const CheckpointWriter *writer) {
+FileHash checkpoint_part(const CheckpointWriter *writer) {
     return writer->part;
 }
 
-Status checkpoint_publish(CheckpointWriter *writer, const CheckpointPart *parts) {
+Status checkpoint_publish(CheckpointWriter *writer, const FileHash *parts) {
     INVARIANT(!writer->running && writer->options.rank == 0);
     for (int r = 0; r < writer->options.world; r++) TRY(add_part(writer, r, &parts[r]));
     return start_thread(writer, publish_thread);

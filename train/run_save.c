@@ -62,7 +62,7 @@ static Status agree_on_save(Trainer *t, Status status) {
 // All ranks have written: rank 0 learns what, and begins to publish.
 static Status publish(Trainer *t) {
     Status status = STATUS_OK;
-    CheckpointPart *parts = calloc((size_t)t->team.world, sizeof *parts);
+    FileHash *parts = calloc((size_t)t->team.world, sizeof *parts);
     if (!parts) FAIL(STATUS_INTERNAL, "out of memory for %d parts", t->team.world);
     parts[t->team.rank] = checkpoint_part(t->writer);
     status = team_gather(&t->team, parts, sizeof *parts);

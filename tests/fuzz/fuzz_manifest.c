@@ -22,7 +22,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (int i = 0; i < manifest.count; i++) {
         const ManifestFile *file = &manifest.files[i];
         FUZZ_CHECK(file->name[0] && file->name[0] != '.' && !strchr(file->name, '/'));
-        FUZZ_CHECK(strlen(file->hex) == HASH_HEX_SIZE - 1);
+        FUZZ_CHECK(strlen(file->hash.hex) == HASH_HEX_SIZE - 1);
+        const uint64_t covered = file->hash.block_bytes * (uint64_t)file->hash.num_blocks;
+        FUZZ_CHECK(file->hash.num_blocks >= 0 && file->hash.num_blocks <= HASH_BLOCKS_MAX);
+        FUZZ_CHECK(file->hash.block_bytes == 0 || covered >= file->hash.bytes);
         FUZZ_CHECK(i == 0 || strcmp(manifest.files[i - 1].name, file->name) < 0);
     }
     manifest_free(&manifest);

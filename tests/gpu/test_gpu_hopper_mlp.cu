@@ -17,15 +17,17 @@ typedef struct MlpCase {
 } MlpCase;
 
 // A tile has 256 rows of a group, and 128 of the inner columns in the forward pass, 256 in the
-// backward one. The last two cases have more of them than an H200 has clusters, which is 66, so
-// that these go from tile to tile: 144 and 80 of many groups, 135 and 72 of one, whose rows make
-// two bands.
+// backward one. The last three cases have more of them than an H200 has clusters, which is 66, so
+// that these go from tile to tile: 144 and 80 of many groups; 1264 and 640, 19 and 10 of each
+// cluster, which is more than a block remembers the numbers of; 135 and 72 of one group, whose rows
+// make two bands.
 static const MlpCase cases[] = {
     {1, {0, 1}, 64, 8},      // less than any tile
     {1, {0, 300}, 128, 264}, // a tile stands over on both sides
     {3, {0, 0, 256, 256}, 64, 512},
     {5, {0, 100, 100, 101, 360, 517}, 192, 200}, // begins inside tiles; a group of 0 rows, one of 1
     {16, {0, 1, 1, 30, 41, 60, 75, 76, 100, 107, 130, 149, 160, 181, 200, 207, 480}, 64, 1032},
+    {16, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, 64, 10000},
     {1, {0, 2100}, 64, 1800},
 };
 

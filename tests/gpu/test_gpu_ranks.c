@@ -3,7 +3,7 @@
 // NCCL's kernels waiting on the device for a rank that does not come.
 //
 // The test's process touches no device, because CUDA does not survive a fork. GPU_TEST_RANKS=4
-// leaves out the runs of two ranks.
+// leaves out the tests' turns with two ranks.
 #include "cuda/backend.h"
 #include "tests/gpu/gpu_count.h"
 #include "tests/parallel_job.h"
@@ -357,8 +357,8 @@ int main(int argc, char **argv) {
     gpus_ = gpu_count();
     if (getenv("GPU_TEST_RANKS")) fewest_ = atoi(getenv("GPU_TEST_RANKS"));
     if (fewest_ < 2) fewest_ = 2;
-    if (gpus_ < 2 || !communicator_nccl_built()) {
-        printf("skipped: %s\n", gpus_ < 2 ? "fewer than two GPUs" : "this build has no NCCL");
+    if (gpus_ < fewest_ || !communicator_nccl_built()) {
+        printf("skipped: %s\n", gpus_ < fewest_ ? "too few GPUs" : "this build has no NCCL");
         return SKIPPED;
     }
     return test_run_("GPU ranks", entries, sizeof entries / sizeof entries[0], 600, argc, argv);
