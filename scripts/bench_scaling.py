@@ -2,12 +2,13 @@
 """Tokens per second on 1, 2, 4, ... GPUs of one host, and PyTorch DDP beside it, as a table.
 
 A step has the same 524,288 tokens on any number of GPUs: each has its share, in 16 micro-batches
-(--micro-batches; 6 GPUs want 18) of 32,768, which are 16 x 2048 unless --length says otherwise. Our trainer starts its ranks itself
-(train --gpus N); the peer is scripts/bench_gpu_peer.py under torchrun, on the largest number of
-GPUs only (bench_gpu.py has one GPU). Everything runs one after the other on the same machine;
-medians over the steps after a warm-up. For the largest number of GPUs --profile and --saves say how
-long a step waits for communication that no computation hides, and how long training stands still
-for a save, and --restart how long a run that loses a rank takes to go on. --each says what each GPU makes alone while the others do the same: ranks wait for the
+(--micro-batches; 6 GPUs want 18) of 32,768, which are 16 x 2048 unless --length says otherwise. Our
+trainer starts its ranks itself (train --gpus N); the peer is scripts/bench_gpu_peer.py under
+torchrun, on the largest number of GPUs only (bench_gpu.py has one GPU). Everything runs one after
+the other on the same machine; medians over the steps after a warm-up. For the largest number of
+GPUs --profile and --saves say how long a step waits for communication that no computation hides,
+and how long training stands still for a save, and --restart how long a run that loses a rank takes
+to go on. --each says what each GPU makes alone while the others do the same: ranks wait for the
 slowest, and the first need not be it.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
@@ -36,9 +37,8 @@ import bench_gpu_shapes as shapes
 
 SCRIPTS = Path(__file__).resolve().parent
 MICRO_TOKENS = 1 << 15
-AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}      # times one GPU
-SAVE_AT = 60
-RESTART_AT = 8
+AT_LEAST = {2: 1.94, 4: 3.85, 8: 7.7}  # times one GPU
+SAVE_AT, RESTART_AT = 60, 8            # the step of the first checkpoint
 
 
 def step_tokens(arguments):
@@ -171,8 +171,8 @@ def each_alone(arguments, model, there, work):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         running.append(subprocess.Popen([str(word) for word in words], env=environment, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    found = [re.search(rf"^{model}  1 .*?([0-9.]+) k  1.00", process.communicate()[0], re.MULTILINE)
-             for process in running]
+    line = re.compile(rf"^{model}  1 .*?([0-9.]+) k  1.00", re.MULTILINE)
+    found = [line.search(process.communicate()[0]) for process in running]
     if not all(found):
         return "failed"
     rates = [float(rate[1]) for rate in found]
