@@ -177,11 +177,6 @@ def step_records(log):
     return records
 
 
-def step_times(log):
-    """When each step's line was written."""
-    return [record["time"] for record in step_records(log)]
-
-
 def session_processes(session):
     """The processes of a session that still run."""
     found = []
@@ -212,25 +207,27 @@ def run_ours(arguments, name, case, work):
     steps = arguments.warmup + arguments.steps
     log, output = work / "runs" / name / "log.jsonl", work / f"{name}.log"
     shutil.rmtree(work / "runs" / name, ignore_errors=True)
-    begin, times = time.monotonic(), []
+    begin, records = time.monotonic(), []
     with MemoryWatch() as memory, open(output, "wb") as file:
         process = subprocess.Popen(command(arguments, name, case, work), stdout=file, stderr=file,
                                    start_new_session=True)
         try:
-            while len(times) <= steps and process.poll() is None:
+            while len(records) <= steps and process.poll() is None:
                 time.sleep(0.5)
-                times = step_times(log)
+                records = step_records(log)
                 if time.monotonic() - begin > arguments.timeout:
                     break
         finally:  # a benchmark needs no checkpoint
             kill_session(process.pid)
             process.wait()
-    if len(times) <= steps:
+    if len(records) <= steps:
         tail = output.read_text(errors="replace").strip().splitlines()[-12:]
-        return Result(problem=f"{len(times)} of {steps} steps; " + " | ".join(tail))
-    seconds = np.diff(times)[arguments.warmup:]
+        return Result(problem=f"{len(records)} of {steps} steps; " + " | ".join(tail))
+    records = records[:steps + 1]
+    seconds = np.diff([record["time"] for record in records])[arguments.warmup:]
     return Result(case.batch * case.length / statistics.median(seconds), memory.most,
-                  details={"step_seconds": [float(s) for s in seconds]})
+                  details={"step_seconds": [float(s) for s in seconds],
+                           "loss": records[-1]["loss"]})
 
 
 # --- The peer ------------------------------------------------------------------------------------

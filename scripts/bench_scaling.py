@@ -9,7 +9,8 @@ the other on the same machine; medians over the steps after a warm-up. For the l
 GPUs --profile and --saves say how long a step waits for communication that no computation hides,
 and how long training stands still for a save, and --restart how long a run that loses a rank takes
 to go on. --each says what each GPU makes alone while the others do the same: ranks wait for the
-slowest, and the first need not be it.
+slowest, and the first need not be it. The last column is ours after the last step that counts: what
+only makes a run faster does not change it.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
@@ -164,9 +165,9 @@ def each_alone(arguments, model, there, work):
             if (work / shared).exists() and not (own / shared).exists():
                 (own / shared).symlink_to(work / shared)
         words = [sys.executable, Path(__file__).resolve(), "--build", arguments.build, "--gpus",
-                 "1", "--cases", model, "--no-peer", "--length", arguments.length, "--micro-batches",
-                 arguments.micro_batches, "--warmup", arguments.warmup, "--steps", arguments.steps,
-                 "--timeout", arguments.timeout, "--work", own]
+                 "1", "--cases", model, "--no-peer", "--length", arguments.length,
+                 "--micro-batches", arguments.micro_batches, "--warmup", arguments.warmup,
+                 "--steps", arguments.steps, "--timeout", arguments.timeout, "--work", own]
         words += [word for setting in arguments.set for word in ("--set", setting)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         running.append(subprocess.Popen([str(word) for word in words], env=environment, text=True,
@@ -215,11 +216,12 @@ def row(model, gpus, ours, single, peer, optimizer):
                   f"{ours.tokens_per_second / rate:.2f}x" if rate else "-"]
     else:
         cells += ["-", "-"]
-    return cells
+    loss = ours.details.get("loss")
+    return [*cells, f"{loss:.6f}" if loss else "-"]
 
 
 HEAD = ["model", "GPUs", "GB a GPU", "AdamW's", "ours tok/s", "times one", "of linear", "at least",
-        "met", "DDP tok/s", "ratio"]
+        "met", "DDP tok/s", "ratio", "loss"]
 
 
 def run_all(arguments, asked, there, work):
@@ -284,7 +286,8 @@ def main():
 
     name = bench_gpu.query("name") or "unknown GPU"
     print(f"{there} x {name}; {step_tokens(arguments)} tokens a step, sequences of "
-          f"{arguments.length}, median of {arguments.steps} steps after {arguments.warmup}", flush=True)
+          f"{arguments.length}, median of {arguments.steps} steps after {arguments.warmup}",
+          flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as temporary:
         work = Path(arguments.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
