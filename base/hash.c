@@ -93,8 +93,10 @@ void hash_stream_finish(HashStream *stream, FileHash *out) {
     if (stream->in_block > 0) end_block(stream);
     FileHash *file = &stream->file;
     const bool covered = file->bytes <= file->block_bytes * (uint64_t)file->num_blocks;
-    if (!covered) file->num_blocks = 0; // more has come than was announced
-    if (!covered) file->block_bytes = 0;
+    if (!covered) { // more has come than was announced
+        file->num_blocks = 0;
+        file->block_bytes = 0;
+    }
     hash_to_hex(hash_stream_digest(stream), stream->file.hex);
     *out = stream->file;
 }

@@ -10,7 +10,7 @@ GPUs --profile and --saves say how long a step waits for communication that no c
 and how long training stands still for a save, and --restart how long a run that loses a rank takes
 to go on. --each says what each GPU makes alone while the others do the same: ranks wait for the
 slowest, and the first need not be it. The last column is ours after the last step that counts: what
-only makes a run faster does not change it.
+only makes a run faster changes it by rounding at most.
 
     scripts/bench_scaling.py --build build                        # 1, 2, 4, ... up to all GPUs
     scripts/bench_scaling.py --build build --gpus 1,4 --cases lfuc --no-peer
@@ -136,8 +136,9 @@ def restart(arguments, model, gpus, work):
     with open(output, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
         try:
-            wait_for(arguments, process,
-                     lambda: list((run / "checkpoints").glob("step_*/manifest.json")))
+            if not wait_for(arguments, process, lambda: list(
+                    (run / "checkpoints").glob("step_*/manifest.json"))):
+                return f"no checkpoint; see {output}"
             last = bench_gpu.step_records(run / "log.jsonl")[-1]["step"]
             os.kill(last_child(process.pid), signal.SIGKILL)
             killed = time.time()

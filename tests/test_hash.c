@@ -130,6 +130,25 @@ START_TEST(blocks_say_where_a_file_has_changed) {
 }
 END_TEST
 
+START_TEST(more_than_was_announced_has_no_blocks) {
+    enum { N = HASH_BLOCKS_MAX * HASH_BLOCK_LEAST };
+    unsigned char *data = pattern(N + 1);
+    for (size_t bytes = N; bytes <= N + 1; bytes++) {
+        HashStream *stream;
+        FileHash hash;
+        ck_assert_ok(hash_stream_create(&stream));
+        hash_stream_blocks(stream, 1);
+        hash_stream_update(stream, data, bytes);
+        hash_stream_finish(stream, &hash);
+        hash_stream_free(stream);
+        ck_assert_uint_eq(hash.bytes, bytes);
+        ck_assert_int_eq(hash.num_blocks, bytes == N ? HASH_BLOCKS_MAX : 0);
+        ck_assert_uint_eq(hash.block_bytes, bytes == N ? HASH_BLOCK_LEAST : 0);
+    }
+    free(data);
+}
+END_TEST
+
 START_TEST(missing_files_and_directories_are_named) {
     char path[IO_PATH_MAX], hex[HASH_HEX_SIZE];
     uint64_t bytes;
@@ -143,4 +162,5 @@ END_TEST
 TEST_MAIN("hash", TEST(known_values), TEST(streams_agree_with_buffers),
           TEST(files_agree_with_buffers), TEST(one_bit_changes_the_hash),
           TEST(a_block_has_a_size_that_256_of_them_suffice_with),
-          TEST(blocks_say_where_a_file_has_changed), TEST(missing_files_and_directories_are_named))
+          TEST(blocks_say_where_a_file_has_changed), TEST(more_than_was_announced_has_no_blocks),
+          TEST(missing_files_and_directories_are_named))
