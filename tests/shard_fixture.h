@@ -92,8 +92,15 @@ static void fixture_virtual(hid_t creation, uint64_t count) {
     H5Sclose(space);
 }
 
-static hid_t fixture_creation(const ShardSpec *spec) {
+// Without the time, so that equal content gives equal bytes (token_shards.py does the same).
+static hid_t fixture_timeless(void) {
     hid_t creation = H5Pcreate(H5P_DATASET_CREATE);
+    H5_OK(H5Pset_obj_track_times(creation, false));
+    return creation;
+}
+
+static hid_t fixture_creation(const ShardSpec *spec) {
+    hid_t creation = fixture_timeless();
     hsize_t chunk[2] = {spec->num_tokens < 64 ? spec->num_tokens : 64, 1};
     switch (spec->flaw) {
     case SHARD_CHUNKED:
@@ -162,11 +169,13 @@ static void fixture_tokens(hid_t file, const ShardSpec *spec) {
 static void fixture_offsets(hid_t file, const ShardSpec *spec) {
     hsize_t size = spec->num_documents + 1;
     hid_t space = H5Screate_simple(1, &size, NULL);
-    hid_t data = H5Dcreate2(file, "doc_offsets", H5T_STD_U64LE, space, H5P_DEFAULT, H5P_DEFAULT,
-                            H5P_DEFAULT);
+    hid_t creation = fixture_timeless();
+    hid_t data =
+        H5Dcreate2(file, "doc_offsets", H5T_STD_U64LE, space, H5P_DEFAULT, creation, H5P_DEFAULT);
     H5_OK(H5Dwrite(data, H5T_NATIVE_UINT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, spec->offsets));
     H5Dclose(data);
     H5Sclose(space);
+    H5Pclose(creation);
 }
 
 __attribute__((unused)) static void fixture_write_shard(const char *path, const ShardSpec *spec) {
